@@ -1,0 +1,122 @@
+"""config.json of a Hugging Face Llama model, to and from our architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_selfpref.checkpoint.files import read_json
+from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
+from nemo_selfpref.errors import CheckpointError
+
+_ROPE_TYPES = {"default", "linear", "llama3"}
+
+
+def read_architecture(folder: Path) -> ArchitectureConfig:
+    """Shape of the model in a Hugging Face folder.
+
+    Raises:
+        CheckpointError: not a Llama, or a Llama with a part this project does not build.
+    """
+    config = read_json(folder / "config.json")
+    where = folder / "config.json"
+    if config.get("model_type") != "llama":
+        raise CheckpointError(
+            f"{where}: model_type is {config.get('model_type')!r}; the Llama family ('llama') is supported"
+        )
+    for name, expected in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("pretraining_tp", 1),
+    ):
+        if config.get(name, expected) != expected:
+            raise CheckpointError(f"{where}: {name}={config[name]!r}; only {expected!r} is supported")
+    heads = _required(config, "num_attention_heads", where)
+    hidden = _required(config, "hidden_size", where)
+    theta, scaling = _rope(config, where)
+    return ArchitectureConfig(
+        num_layers=_required(config, "num_hidden_layers", where),
+        hidden_size=hidden,
+        ffn_hidden_size=_required(config, "intermediate_size", where),
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or hidden // heads,
+        vocab_size=_required(config, "vocab_size", where),
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        rotary_base=theta,
+        rope_scaling=scaling,
+        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
+        init_method_std=config.get("initializer_range", 0.02),
+    )
+
+
+def _required(config: dict[str, Any], name: str, where: Path) -> int:
+    value = config.get(name)
+    if not isinstance(value, int):
+        raise CheckpointError(f"{where}: {name} is {value!r}; expected an integer")
+    return value
+
+
+def _rope(config: dict[str, Any], where: Path) -> tuple[float, RopeScalingConfig]:
+    """Rotary base and scaling, from either spelling (rope_theta + rope_scaling of transformers 4,
+    rope_parameters of transformers 5)."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in _ROPE_TYPES:
+        raise CheckpointError(
+            f"{where}: rope_type is {rope_type!r}; supported: {', '.join(sorted(_ROPE_TYPES))}"
+        )
+    if rope_type == "default":
+        return theta, RopeScalingConfig()
+    scaling = RopeScalingConfig(rope_type=rope_type, factor=float(rope["factor"]))
+    if rope_type == "llama3":
+        scaling.low_freq_factor = float(rope["low_freq_factor"])
+        scaling.high_freq_factor = float(rope["high_freq_factor"])
+        scaling.original_max_position_embeddings = int(rope["original_max_position_embeddings"])
+    return theta, scaling
+
+
+def write_config(
+    arch: ArchitectureConfig, dtype: str, bos_id: int | None, eos_id: int, pad_id: int | None
+) -> dict[str, Any]:
+    """config.json for `arch`, in both spellings, so that transformers 4 and 5 and vLLM load it."""
+    scaling = arch.rope_scaling
+    parameters: dict[str, Any] = {"rope_theta": arch.rotary_base, "rope_type": scaling.rope_type}
+    if scaling.rope_type != "default":
+        parameters["factor"] = scaling.factor
+    if scaling.rope_type == "llama3":
+        parameters["low_freq_factor"] = scaling.low_freq_factor
+        parameters["high_freq_factor"] = scaling.high_freq_factor
+        parameters["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+    old = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "head_dim": arch.kv_channels,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "rope_theta": arch.rotary_base,
+        "rope_scaling": None if scaling.rope_type == "default" else old,
+        "rope_parameters": parameters,
+        "rms_norm_eps": arch.layernorm_epsilon,
+        "tie_word_embeddings": arch.share_embeddings_and_output_weights,
+        "initializer_range": arch.init_method_std,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }

@@ -1,0 +1,168 @@
+"""The correspondence between Hugging Face Llama weights and Megatron's, tensor by tensor.
+
+Both directions work on one global tensor at a time, so neither ever holds a whole model. Megatron
+keeps query, key and value of one group together and the two halves of the gated MLP in one
+matrix; rotary channels are in the same order on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from nemo_selfpref.checkpoint.files import read_json
+from nemo_selfpref.config.schema import ArchitectureConfig
+from nemo_selfpref.errors import CheckpointError
+
+Fetch = Callable[[str], Tensor]
+
+_PLAIN = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_PLAIN_IN_LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+_QKV = "self_attention.linear_qkv.weight"
+_FC1 = "mlp.linear_fc1.weight"
+
+
+def megatron_shapes(arch: ArchitectureConfig) -> dict[str, tuple[int, ...]]:
+    """Name and global shape of every Megatron weight."""
+    hidden, ffn, vocab = arch.hidden_size, arch.ffn_hidden_size, arch.vocab_size
+    heads = arch.num_attention_heads * arch.kv_channels
+    groups = arch.num_query_groups * arch.kv_channels
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (vocab, hidden)}
+    for layer in range(arch.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        shapes[prefix + "self_attention.linear_qkv.layer_norm_weight"] = (hidden,)
+        shapes[prefix + _QKV] = (heads + 2 * groups, hidden)
+        shapes[prefix + "self_attention.linear_proj.weight"] = (hidden, heads)
+        shapes[prefix + "mlp.linear_fc1.layer_norm_weight"] = (hidden,)
+        shapes[prefix + _FC1] = (2 * ffn, hidden)
+        shapes[prefix + "mlp.linear_fc2.weight"] = (hidden, ffn)
+    shapes["decoder.final_layernorm.weight"] = (hidden,)
+    if not arch.share_embeddings_and_output_weights:
+        shapes["output_layer.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(Hugging Face layer prefix, name within the layer) of a Megatron layer weight."""
+    _, _, layer, rest = key.split(".", 3)
+    return f"model.layers.{layer}.", rest
+
+
+def to_megatron(key: str, fetch: Fetch, arch: ArchitectureConfig) -> Tensor:
+    """One Megatron tensor out of Hugging Face ones; `fetch` returns those by name."""
+    if key in _PLAIN:
+        return fetch(_PLAIN[key])
+    prefix, name = _split(key)
+    if name in _PLAIN_IN_LAYER:
+        return fetch(prefix + _PLAIN_IN_LAYER[name])
+    if name == _FC1:
+        return torch.cat([fetch(prefix + "mlp.gate_proj.weight"), fetch(prefix + "mlp.up_proj.weight")])
+    assert name == _QKV, key
+    groups, dim = arch.num_query_groups, arch.kv_channels
+    per_group = arch.num_attention_heads // groups
+    parts = [
+        fetch(prefix + f"self_attn.{p}_proj.weight").reshape(groups, n * dim, arch.hidden_size)
+        for p, n in (("q", per_group), ("k", 1), ("v", 1))
+    ]
+    return torch.cat(parts, dim=1).reshape(-1, arch.hidden_size)
+
+
+def to_huggingface(key: str, tensor: Tensor, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that one Megatron tensor holds."""
+    if key in _PLAIN:
+        yield _PLAIN[key], tensor
+        return
+    prefix, name = _split(key)
+    if name in _PLAIN_IN_LAYER:
+        yield prefix + _PLAIN_IN_LAYER[name], tensor
+    elif name == _FC1:
+        gate, up = tensor.chunk(2)
+        yield prefix + "mlp.gate_proj.weight", gate
+        yield prefix + "mlp.up_proj.weight", up
+    else:
+        groups, dim = arch.num_query_groups, arch.kv_channels
+        per_group = arch.num_attention_heads // groups
+        split = tensor.reshape(groups, per_group + 2, dim, arch.hidden_size)
+        for p, part in (("q", split[:, :-2]), ("k", split[:, -2]), ("v", split[:, -1])):
+            yield prefix + f"self_attn.{p}_proj.weight", part.reshape(-1, arch.hidden_size)
+
+
+class HuggingFaceSource:
+    """Megatron tensors read out of a Hugging Face folder of safetensors.
+
+    Raises:
+        CheckpointError: no safetensors, a tensor is missing or has another shape.
+    """
+
+    def __init__(self, folder: Path, arch: ArchitectureConfig) -> None:
+        self.folder, self.arch = folder, arch
+        self._shapes = megatron_shapes(arch)
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._files: dict[str, str] = read_json(index)["weight_map"]
+        elif (folder / "model.safetensors").exists():
+            with safe_open(folder / "model.safetensors", framework="pt") as handle:
+                self._files = dict.fromkeys(handle.keys(), "model.safetensors")
+        else:
+            raise CheckpointError(
+                f"{folder} holds no model.safetensors (pickled .bin weights are not read). "
+                "Save it with safe_serialization=True."
+            )
+
+    def fetch(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder} holds no tensor {name}")
+        with safe_open(self.folder / self._files[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        tensor = to_megatron(key, self.fetch, self.arch)
+        if tuple(tensor.shape) != self._shapes[key]:
+            raise CheckpointError(
+                f"{self.folder}: {key} has shape {tuple(tensor.shape)}, config.json says {self._shapes[key]}"
+            )
+        return read_part(tensor, offset, shape)
+
+
+class RandomSource:
+    """Fresh weights: normal(0, std), norms one. A tensor depends on the seed and its name alone,
+    so every parallel layout starts from the same model."""
+
+    def __init__(self, arch: ArchitectureConfig, seed: int) -> None:
+        self.arch, self.seed = arch, seed
+        self._shapes = megatron_shapes(arch)
+
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        full = self._shapes[key]
+        if len(full) == 1:
+            return read_part(torch.ones(full), offset, shape)
+        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        std = self.arch.init_method_std
+        if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= (2 * self.arch.num_layers) ** 0.5
+        return read_part(torch.randn(full, generator=generator) * std, offset, shape)
+
+
+def read_part(tensor: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """tensor[offset : offset + shape], zeros beyond its end (vocabulary padding)."""
+    part = tensor[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+    if tuple(part.shape) == shape:
+        return part
+    out = tensor.new_zeros(shape)
+    out[tuple(slice(0, n) for n in part.shape)] = part
+    return out

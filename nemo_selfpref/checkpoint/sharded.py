@@ -1,0 +1,217 @@
+"""Sharded tensors on disk, described by megatron-core and stored as safetensors.
+
+megatron-core's dist_checkpointing says which part of which global tensor a rank holds
+(ShardedTensor); this module stores those parts without pickle: one safetensors file a rank and an
+index with shapes and SHA-256 sums. Any layout can read what any other wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_selfpref.checkpoint.files import read_json, sha256_of, write_json
+from nemo_selfpref.errors import CheckpointError
+
+INDEX = "index.json"
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float64)}
+
+
+class TensorSource(Protocol):
+    """Global tensors by name, read in parts."""
+
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The part [offset, offset + shape) of a global tensor; beyond its end, zeros."""
+        ...
+
+
+class ShardWriter:
+    """Collects one rank's parts and writes them with their index."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder = folder
+        self.file = f"shard-{rank:05d}.safetensors"
+        self._tensors: dict[str, Tensor] = {}
+        self._entries: list[dict[str, Any]] = []
+
+    def add(
+        self, key: str, tensor: Tensor, offset: tuple[int, ...], global_shape: tuple[int, ...]
+    ) -> None:
+        name = f"{key}@{','.join(map(str, offset))}"
+        self._tensors[name] = tensor.detach().cpu().clone().contiguous()
+        self._entries.append(
+            {
+                "key": key,
+                "file": self.file,
+                "name": name,
+                "offset": list(offset),
+                "shape": list(tensor.shape),
+                "global_shape": list(global_shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
+        )
+
+    def write(self) -> dict[str, Any]:
+        """Write this rank's file; returns its share of the index."""
+        if not self._tensors:
+            return {"entries": [], "files": {}}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / self.file
+        save_file(self._tensors, path)
+        return {"entries": self._entries, "files": {self.file: sha256_of(path)}}
+
+
+def write_index(folder: Path, shares: Iterable[dict[str, Any]]) -> None:
+    """Join the shares of all ranks into the folder's index."""
+    entries: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
+    for share in shares:
+        entries.extend(share["entries"])
+        files.update(share["files"])
+    write_json(folder / INDEX, {"entries": entries, "files": files})
+
+
+class ShardReader:
+    """Reads what ShardWriter wrote.
+
+    Raises:
+        CheckpointError: on opening, a file is missing or its checksum differs; on reading, a
+            tensor is absent or its parts do not cover what was asked for.
+    """
+
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        self.folder = folder
+        index = read_json(folder / INDEX)
+        self._parts: dict[str, list[dict[str, Any]]] = {}
+        for entry in index["entries"]:
+            self._parts.setdefault(entry["key"], []).append(entry)
+        for name, expected in index["files"].items():
+            self._check(folder / name, expected, verify)
+
+    @staticmethod
+    def _check(path: Path, expected: str, verify: bool) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
+        if verify and (got := sha256_of(path)) != expected:
+            raise CheckpointError(
+                f"{path} is damaged: SHA-256 is {got[:12]}..., the index says {expected[:12]}... "
+                "Use another checkpoint."
+            )
+
+    def keys(self) -> list[str]:
+        return sorted(self._parts)
+
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._entries(key)[0]["global_shape"])
+
+    def _entries(self, key: str) -> list[dict[str, Any]]:
+        if key not in self._parts:
+            raise CheckpointError(f"{self.folder} holds no tensor {key}: is it of another model?")
+        return self._parts[key]
+
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        entries = self._entries(key)
+        out = torch.zeros(shape, dtype=_DTYPES[entries[0]["dtype"]])
+        covered = 0
+        for entry in entries:
+            overlap = [
+                (max(o, eo), min(o + s, eo + es))
+                for o, s, eo, es in zip(offset, shape, entry["offset"], entry["shape"], strict=True)
+            ]
+            if any(low >= high for low, high in overlap):
+                continue
+            source = tuple(
+                slice(low - eo, high - eo)
+                for (low, high), eo in zip(overlap, entry["offset"], strict=True)
+            )
+            target = tuple(
+                slice(low - o, high - o) for (low, high), o in zip(overlap, offset, strict=True)
+            )
+            with safe_open(self.folder / entry["file"], framework="pt") as handle:
+                part = handle.get_slice(entry["name"])[source] if source else handle.get_tensor(entry["name"])
+            out[target] = part
+            covered += part.numel()
+        self._check_cover(key, covered, offset, shape, entries[0]["global_shape"])
+        return out
+
+    def _check_cover(
+        self,
+        key: str,
+        covered: int,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        global_shape: list[int],
+    ) -> None:
+        wanted = 1
+        for o, s, g in zip(offset, shape, global_shape, strict=True):
+            wanted *= max(min(o + s, g) - o, 0)
+        if covered != wanted:
+            raise CheckpointError(
+                f"{self.folder}: the parts of {key} cover {covered} of {wanted} elements"
+            )
+
+
+def save_state(folder: Path, state: dict[str, Any], device: torch.device) -> None:
+    """Write a sharded state dict: tensors to `folder`, everything else to `folder`/common.json.
+
+    Collective: every rank calls it. `state` is consumed, as megatron-core's own save does.
+    """
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+    from nemo_selfpref.megatron.parallel import all_gather_json
+
+    sharded, common = save_preprocess(state)
+    writer = ShardWriter(folder, dist.get_rank())
+    for tensor in _sharded_tensors(sharded):
+        if _is_main_replica(tensor.replica_id):
+            data = tensor.data.reshape((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
+            writer.add(tensor.key, data, tensor.global_offset, tensor.global_shape)
+    shares = all_gather_json(writer.write(), dist.group.WORLD, device)
+    if dist.get_rank() == 0:
+        write_index(folder, shares)
+        write_json(folder / "common.json", common)
+
+
+def load_state(source: TensorSource, state: dict[str, Any]) -> dict[str, Any]:
+    """Fill a sharded state dict from `source`; returns plain tensors under the same keys."""
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+
+    sharded, _, factories = load_preprocess(state)
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, ShardedTensor):
+            return value
+        shape = (1,) * value.prepend_axis_num + tuple(value.local_shape)
+        part = source.read(value.key, tuple(value.global_offset), shape)
+        return part.reshape(value.local_shape).to(value.dtype)
+
+    return apply_factory_merges(dict_list_map_inplace(fill, sharded), factories)
+
+
+def _sharded_tensors(state: Any) -> Iterator[Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    if isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, ShardedObject):
+        if state.data is not None:
+            raise CheckpointError(f"{state.key} is a pickled object; only tensors are stored")
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _sharded_tensors(value)
+    elif isinstance(state, list):
+        for value in state:
+            yield from _sharded_tensors(value)
+
+
+def _is_main_replica(replica_id: int | tuple[int, ...]) -> bool:
+    return all(r == 0 for r in replica_id) if isinstance(replica_id, tuple) else replica_id == 0

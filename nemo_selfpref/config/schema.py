@@ -1,0 +1,232 @@
+"""The configuration, typed. Every default has its one home here; YAML files say only what differs.
+
+Groups carry the names NeMo users know: trainer, exp_manager, model, data, rollout, algorithm.
+Algorithm settings are dataclasses registered next to their algorithm (see algorithms/base.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Accelerator(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Scheduler(Enum):
+    constant = "constant"
+    CosineAnnealing = "CosineAnnealing"
+    LinearAnnealing = "LinearAnnealing"
+    InverseSquareRoot = "InverseSquareRoot"
+
+
+class DropReason(Enum):
+    bad_row = "bad_row"
+    unknown_field = "unknown_field"
+    empty_prompt = "empty_prompt"
+    empty_response = "empty_response"
+    identical_pair = "identical_pair"
+    tied_pair = "tied_pair"
+    prompt_too_long = "prompt_too_long"
+    too_long = "too_long"
+
+
+class RowFormat(Enum):
+    auto = "auto"
+    trl = "trl"
+    nemo_rl = "nemo_rl"
+    aligner = "aligner"
+    spin = "spin"
+    alpaca = "alpaca"
+    dolly = "dolly"
+
+
+class TokenizerLibrary(Enum):
+    auto = "auto"
+    huggingface = "huggingface"
+    sentencepiece = "sentencepiece"
+
+
+@dataclass
+class TrainerConfig:
+    devices: int = 1
+    """Processes per node; each drives one GPU, or one CPU process where there is none."""
+    num_nodes: int = 1
+    accelerator: Accelerator = Accelerator.auto
+    precision: Precision = Precision.fp32
+    """fp32, or bf16 weights with float32 master weights, log-probs and losses."""
+    max_epochs: int = 1
+    max_steps: int = -1
+    """Stop a training stage after this many optimizer steps; -1 for whole epochs."""
+    gradient_clip_val: float = 1.0
+    """Clip the global gradient norm to this; 0 switches clipping off."""
+    log_every_n_steps: int = 10
+    enable_progress_bar: bool = True
+
+
+@dataclass
+class CheckpointParams:
+    every_n_train_steps: int = 0
+    """Save within a training stage every so many steps; 0 saves at the end of each stage only."""
+    save_top_k: int = 2
+    """How many of a stage's newest checkpoints to keep; -1 keeps all."""
+
+
+@dataclass
+class ExpManagerConfig:
+    exp_dir: str = "runs"
+    name: str = "${name}"
+    resume_if_exists: bool = True
+    """Continue the run found in exp_dir/name; false refuses to touch an existing run."""
+    create_tensorboard_logger: bool = True
+    checkpoint_callback_params: CheckpointParams = field(default_factory=CheckpointParams)
+
+
+@dataclass
+class RopeScalingConfig:
+    rope_type: str = "default"
+    """default, linear or llama3."""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class ArchitectureConfig:
+    """Shape of a Llama-family model, in Megatron's words. Read from the Hugging Face folder or the
+    checkpoint when one is given; written out only to train a model from random weights."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING
+    kv_channels: int = MISSING
+    vocab_size: int = MISSING
+    max_position_embeddings: int = 2048
+    rotary_base: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    layernorm_epsilon: float = 1e-5
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = 0.02
+
+
+@dataclass
+class SchedulerConfig:
+    name: Scheduler = Scheduler.CosineAnnealing
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    """Warm-up as a share of the stage's steps; used when warmup_steps is 0."""
+    min_lr: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"
+    lr: float = 5e-7
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    sched: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass
+class TokenizerConfig:
+    library: TokenizerLibrary = TokenizerLibrary.auto
+    path: str | None = None
+    """Folder of a Hugging Face tokenizer or a sentencepiece .model file; by default the tokenizer
+    that lies beside the weights of restore_from_path."""
+    chat_template: str | None = None
+    """A jinja file that replaces the tokenizer's own chat template."""
+
+
+@dataclass
+class ModelConfig:
+    restore_from_path: str | None = None
+    """A Hugging Face folder or a checkpoint of ours. Null starts from random weights of the shape
+    in `architecture`."""
+    architecture: ArchitectureConfig | None = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 4
+    """Rows (pairs or demonstrations) in one forward and backward pass of one replica."""
+    global_batch_size: int = 64
+    """Rows in one optimizer step, over all replicas."""
+    logprob_chunk_size: int = 1024
+    """Tokens whose logits exist at one time in the log-prob head."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class DataConfig:
+    train_path: list[str] = MISSING
+    format: RowFormat = RowFormat.auto
+    columns: dict[str, str] = field(default_factory=dict)
+    """Rename fields of the file before its format is read: {"their_name": "our_name"}."""
+    ignore_fields: list[str] = field(default_factory=list)
+    """Fields of the file that carry nothing we need; any other unknown field is an error."""
+    drop: list[DropReason] = field(default_factory=list)
+    """Row faults that are dropped and counted; every other fault stops the run."""
+    max_length: int = 2048
+    """Longest prompt + response, in tokens."""
+    max_prompt_length: int = 1792
+    system_prompt: str | None = None
+    limit: int | None = None
+    """Use only the first rows."""
+    shuffle: bool = True
+
+
+class RolloutEngineName(Enum):
+    embedded = "embedded"
+
+
+@dataclass
+class RolloutConfig:
+    engine: RolloutEngineName = RolloutEngineName.embedded
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    max_new_tokens: int = 512
+    batch_size: int = 64
+    """Sequences that one replica decodes together."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """Base of every algorithm's settings; `name` picks the algorithm."""
+
+    name: str = MISSING
+
+
+@dataclass
+class ExportConfig:
+    hf: bool = True
+    """Write the final weights as a Hugging Face folder, RUN/hf."""
+    verify: bool = True
+    """Reload the folder with transformers and compare logits with the trained model."""
+
+
+@dataclass
+class RunConfig:
+    name: str = MISSING
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,22 @@
+"""The exceptions a user can meet. Every message says what was wrong, what was found, what was
+expected and how to put it right."""
+
+
+class SelfPrefError(Exception):
+    """Base of all errors raised on purpose; the command line prints them without a traceback."""
+
+
+class ConfigError(SelfPrefError, ValueError):
+    """A configuration that cannot be run: unknown key, wrong type, contradiction."""
+
+
+class DataError(SelfPrefError, ValueError):
+    """A row, file, template or tokenizer that cannot be used. The message names file and line."""
+
+
+class RolloutError(SelfPrefError, RuntimeError):
+    """Generation failed: a teacher endpoint, an engine, or a sample that breaks the contract."""
+
+
+class CheckpointError(SelfPrefError, RuntimeError):
+    """A checkpoint or Hugging Face folder that is incomplete, damaged or of another model."""

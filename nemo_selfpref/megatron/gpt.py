@@ -1,0 +1,192 @@
+"""The model: megatron-core's GPTModel with packed attention, returning hidden states.
+
+The output projection belongs to the log-prob head (objectives/logprobs.py) and to the sampler, so
+that logits never exist for more tokens than are being scored.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_selfpref.config.schema import ArchitectureConfig, ModelConfig, Precision, RopeScalingConfig
+from nemo_selfpref.megatron.attention import PackedAttention, PackedCoreAttention
+from nemo_selfpref.megatron.cpu_shim import device_scope
+from nemo_selfpref.megatron.parallel import Layout
+from nemo_selfpref.megatron.platform import Platform
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked so that Megatron sums its gradient under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PackedGPTModel(GPTModel):
+    """GPTModel over packed tokens: rotary angles follow the positions it is given, and the last
+    stage returns hidden states [T, 1, H] instead of logits."""
+
+    rope_frequencies: Tensor
+    valid_vocab: int
+    """Real vocabulary rows on this rank; padding rows come after them."""
+    vocab_start: int
+
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):  # type: ignore[override]
+        result = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        angles = position_ids.flatten()[:, None].float() * self.rope_frequencies[None]
+        rotary = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+        return (result[0], rotary, *result[2:])
+
+    def _postprocess(self, hidden_states, *args, **kwargs):  # type: ignore[override]
+        return hidden_states
+
+    def run(self, tokens: Tensor, positions: Tensor, layout: PackedAttention) -> Tensor:
+        """Forward pass over packed tokens [T]; hidden states [T, 1, H] (or [T/TP, 1, H] under
+        sequence parallelism)."""
+        return self(tokens[None], positions[None], None, packed_seq_params=layout)
+
+    def output_weight(self) -> Tensor:
+        """Real rows of this rank's output projection, [valid_vocab, H]; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        return weight[: self.valid_vocab]
+
+    def full_sequence(self, hidden: Tensor) -> Tensor:
+        """[T, H] hidden states on every tensor-parallel rank."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False
+            )
+        return hidden[:, 0]
+
+
+def rope_frequencies(arch: ArchitectureConfig) -> Tensor:
+    """Rotary angle per position of each pair of channels, float32 [kv_channels / 2].
+
+    The plain, linearly scaled and Llama-3 forms, as the Hugging Face models define them.
+    """
+    exponents = torch.arange(0, arch.kv_channels, 2, dtype=torch.float32) / arch.kv_channels
+    frequencies = 1.0 / (arch.rotary_base**exponents)
+    scaling = arch.rope_scaling
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3_frequencies(frequencies, scaling)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    original = scaling.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    low = wavelengths > original / scaling.low_freq_factor
+    high = wavelengths < original / scaling.high_freq_factor
+    return torch.where(low, frequencies / scaling.factor, torch.where(high, frequencies, blended))
+
+
+def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
+    """Vocabulary rows after padding to a multiple of 128 for each tensor-parallel rank, as
+    Megatron does; without tensor parallelism nothing is padded."""
+    if tensor_size == 1:
+        return vocab_size
+    multiple = 128 * tensor_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    arch: ArchitectureConfig, model: ModelConfig, precision: Precision, platform: Platform
+) -> TransformerConfig:
+    """megatron-core's configuration for a Llama-family shape."""
+    dtype = platform.dtype(precision)
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        layernorm_epsilon=arch.layernorm_epsilon,
+        init_method_std=arch.init_method_std,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        use_cpu_initialization=not platform.cuda,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def build_model(
+    arch: ArchitectureConfig,
+    model: ModelConfig,
+    precision: Precision,
+    platform: Platform,
+    layout: Layout,
+) -> PackedGPTModel:
+    """This rank's part of the model, weights not yet set."""
+    config = transformer_config(arch, model, precision, platform)
+    rows = padded_vocab_size(arch.vocab_size, layout.tensor_size)
+    with device_scope():
+        module = PackedGPTModel(
+            config,
+            _block_spec(config),
+            vocab_size=rows,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=layout.is_first_stage,
+            post_process=layout.is_last_stage,
+            share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
+            position_embedding_type="none",
+            parallel_output=True,
+        )
+    module = module.to(device=platform.device(), dtype=config.params_dtype)
+    module.rope_frequencies = rope_frequencies(arch).to(platform.device())
+    local_rows = rows // layout.tensor_size
+    module.vocab_start = layout.tensor_rank * local_rows
+    module.valid_vocab = min(max(arch.vocab_size - module.vocab_start, 0), local_rows)
+    return module
+
+
+def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    count = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

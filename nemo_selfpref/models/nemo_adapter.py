@@ -1,0 +1,25 @@
+"""The one place that imports NeMo: the model base class, the experiment manager and the logger.
+
+Only what nemo-toolkit 2.7 and 3.0 share is used.
+"""
+
+from __future__ import annotations
+
+import logging as std_logging
+import warnings
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|nemo|lightning)\..*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|nemo)\..*")
+
+from nemo.core import ModelPT  # noqa: E402
+from nemo.utils import logging  # noqa: E402
+from nemo.utils.exp_manager import exp_manager  # noqa: E402
+
+__all__ = ["ModelPT", "exp_manager", "logging", "quiet"]
+
+
+def quiet() -> None:
+    """Keep NeMo's and Lightning's chatter out of the terminal; their log files keep it."""
+    logging.setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "megatron"):
+        std_logging.getLogger(name).setLevel(std_logging.WARNING)

@@ -1,0 +1,31 @@
+"""The contract of a rollout engine: token ids in, token ids out, every answer tagged with the
+version of the weights that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from nemo_selfpref.types import Completion, GenerationRequest, SamplingParams, WeightSet
+
+
+class RolloutEngine(Protocol):
+    """Samples completions."""
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        params: SamplingParams,
+        weight_set: WeightSet = WeightSet.POLICY,
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """One completion for each request, in the order of the requests.
+
+        A completion depends on its prompt, seed, parameters and the weights alone, not on the
+        other requests or on the parallel layout. `on_done(completions, tokens)` reports progress.
+
+        Raises:
+            RolloutError: a prompt is empty or too long for the model, or the weight set is one
+                this engine does not hold.
+        """
+        ...

@@ -1,0 +1,122 @@
+"""Records that cross a seam between two parts of the system.
+
+Token ids are what travels: a completion is never decoded and tokenised again on its way into a
+preference pair, so what is trained on is exactly what was sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+Message = Mapping[str, str]
+"""One chat turn: {"role": "system" | "user" | "assistant", "content": text}."""
+
+TokenIds = tuple[int, ...]
+
+
+class WeightSet(str, Enum):
+    """Which copy of the weights a rollout or a reference pass uses."""
+
+    POLICY = "policy"
+    FROZEN = "frozen"
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt with one answer to imitate; the answer ends with the end-of-turn token."""
+
+    id: str
+    messages: tuple[Message, ...]
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    response: str
+    source: str
+    """Where the row came from, `file:line`."""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt; `strength` is P(chosen beats rejected)."""
+
+    id: str
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+    strength: float = 1.0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+TrainingRow = Demonstration | PreferencePair
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. Temperature 0 is greedy; top_p 1 and top_k 0 switch those cuts off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One completion to sample. `seed` alone decides the draw, whatever the batch or layout."""
+
+    id: str
+    prompt_ids: TokenIds
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returns.
+
+    `token_ids` includes the stop token when finish_reason is STOP; `logprobs` are the untempered
+    log-probabilities of those tokens, one each; `weight_version` names the weights that made it.
+    """
+
+    id: str
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_set: WeightSet
+    weight_version: int
+
+
+@dataclass
+class DropReport:
+    """Rows kept and dropped, with the reason for each drop; nothing is dropped without a count."""
+
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.examples.setdefault(reason, where)
+
+    def merge(self, other: DropReport) -> None:
+        self.kept += other.kept
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            self.examples.setdefault(reason, other.examples.get(reason, ""))
+
+    def summary(self) -> str:
+        dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items()))
+        return f"{self.kept} kept" + (f", dropped {dropped}" if dropped else ", none dropped")
+
+
+def flatten_messages(messages: Sequence[Message]) -> str:
+    """Readable text of a conversation, for prompts shown to a teacher and for reports."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
