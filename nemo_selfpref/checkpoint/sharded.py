@@ -21,6 +21,7 @@ from nemo_selfpref.checkpoint.files import read_json, sha256_of, write_json
 from nemo_selfpref.errors import CheckpointError
 
 INDEX = "index.json"
+COMMON = "common.json"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float64)}
 
 
@@ -176,25 +177,61 @@ def save_state(folder: Path, state: dict[str, Any], device: torch.device) -> Non
     shares = all_gather_json(writer.write(), dist.group.WORLD, device)
     if dist.get_rank() == 0:
         write_index(folder, shares)
-        write_json(folder / "common.json", common)
+        write_json(folder / COMMON, _encode(common))
 
 
-def load_state(source: TensorSource, state: dict[str, Any]) -> dict[str, Any]:
-    """Fill a sharded state dict from `source`; returns plain tensors under the same keys."""
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+def read_common(folder: Path) -> dict[str, Any]:
+    """What save_state wrote besides tensors."""
+    return _decode(read_json(folder / COMMON))
+
+
+def _encode(value: Any) -> Any:
+    """JSON for plain state; scalar tensors (step counters) keep their type."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise CheckpointError(f"a tensor of shape {tuple(value.shape)} is not in any shard")
+        return {"scalar": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {str(k): _encode(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"scalar", "dtype"}:
+            return torch.tensor(value["scalar"], dtype=getattr(torch, value["dtype"]))
+        return {k: _decode(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    return value
+
+
+def load_state(
+    source: TensorSource, state: dict[str, Any], common: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fill a sharded state dict from `source`, as megatron-core's own load does; what is not a
+    tensor comes from `common`. Returns plain tensors under the same keys."""
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
     from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-    sharded, _, factories = load_preprocess(state)
+    result: dict[str, Any] = dict(common or {})
+    sharded, local, factories = load_preprocess(state)
+    merge(result, local)
+    sharded, _ = extract_sharded_base(sharded)
 
     def fill(value: Any) -> Any:
         if not isinstance(value, ShardedTensor):
-            return value
+            return None
         shape = (1,) * value.prepend_axis_num + tuple(value.local_shape)
         part = source.read(value.key, tuple(value.global_offset), shape)
         return part.reshape(value.local_shape).to(value.dtype)
 
-    return apply_factory_merges(dict_list_map_inplace(fill, sharded), factories)
+    merge(result, dict_list_map_inplace(fill, sharded))
+    return apply_factory_merges(result, factories)
 
 
 def _sharded_tensors(state: Any) -> Iterator[Any]:

@@ -99,9 +99,7 @@ def build_skeleton(
 ) -> Skeleton:
     """Render a conversation of these roles with stand-ins for its contents, and take it apart."""
     stand_ins = [f"{_PADDING}\ue000{index}\ue001{_PADDING}" for index in range(len(roles))]
-    rendered = render(
-        [{"role": r, "content": c} for r, c in zip(roles, stand_ins, strict=True)]
-    )
+    rendered = render([{"role": r, "content": c} for r, c in zip(roles, stand_ins, strict=True)])
     parts: list[str | Control | Slot] = []
     end = 0
     for match in _STAND_IN.finditer(rendered):

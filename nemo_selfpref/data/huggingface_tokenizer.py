@@ -9,7 +9,6 @@ that data cannot guess.
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -57,14 +56,18 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         tokens = {token.content for token in added.values() if not token.content.isspace()}
         self._pattern = control_pattern(tokens)
         # Some tokenizers forgot to mark the tokens of their own template as special.
-        user, answer = self._skeleton(("user",), False), self._skeleton(("user", "assistant"), False)
+        user, answer = (
+            self._skeleton(("user",), False),
+            self._skeleton(("user", "assistant"), False),
+        )
         self._end_of_turn = answer.control_after(1)
         special = {token.content for token in added.values() if token.special}
         self._guarded = special | {*user.controls, *filter(None, [self._end_of_turn])}
         self._pattern = control_pattern(self._guarded)
         self._skeleton.cache_clear()
         # Text outside the vocabulary may rightly become the unknown token.
-        unknown = {self._tokenizer.unk_token} - {self._tokenizer.eos_token, *answer.controls}
+        ends = {self._tokenizer.bos_token, self._tokenizer.eos_token, *answer.controls}
+        unknown = {self._tokenizer.unk_token} - ends
         self.control_ids = frozenset(self._vocabulary[t] for t in self._guarded - unknown)
         self._guarded_ids = frozenset(self._vocabulary[token] for token in self._guarded)
 
@@ -100,6 +103,8 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         expected = tuple(self._vocabulary[token] for token in skeleton.controls)
         if tuple(i for i in ids if i in self._guarded_ids) == expected:
             return ids
+        # Built anew, because a template may write the date.
+        skeleton = self._build_skeleton(roles_of(messages), add_generation_prompt)
         ids = self._shield.encode(safe_pieces(skeleton, messages, rendered, self._pattern))
         controls = tuple(token for token in expected if token in self.control_ids)
         found = tuple(i for i in ids if i in self.control_ids)
@@ -128,8 +133,7 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
             raise template_error(error, messages) from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        self._tokenizer.save_pretrained(str(folder))
-        _use_portable_class(Path(folder) / "tokenizer_config.json")
+        save_portable(self._tokenizer, Path(folder))
 
     def fingerprint(self) -> str:
         return vocabulary_hash(self._vocabulary, self.control_ids, self._template)
@@ -166,8 +170,11 @@ def _renamed(serialized: str, names: Mapping[str, str]) -> dict[str, Any]:
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if names.keys().isdisjoint(
-            [*_parts(merge), "".join(_parts(merge))])]
+        model["merges"] = [
+            merge
+            for merge in model["merges"]
+            if names.keys().isdisjoint([*_parts(merge), "".join(_parts(merge))])
+        ]
     return spec
 
 
@@ -205,8 +212,18 @@ def _chat_template(tokenizer: Any, folder: Path) -> str:
         ) from error
 
 
-def _use_portable_class(config: Path) -> None:
-    # transformers 5 writes a class name that transformers 4 does not know; both know this one.
-    text = config.read_text(encoding="utf-8")
-    pattern = re.compile(r'("tokenizer_class": )"TokenizersBackend"')
-    config.write_text(pattern.sub(r'\1"PreTrainedTokenizerFast"', text), encoding="utf-8")
+def save_portable(tokenizer: Any, folder: Path) -> None:
+    """Save a transformers tokenizer so that transformers 4 and 5 load it."""
+    tokenizer.save_pretrained(str(folder))
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    # Names that transformers 5 writes and 4 does not know; both know the other ones.
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    # These say only how this process found its files.
+    for key in ("is_local", "local_files_only"):
+        settings.pop(key, None)
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    config.write_text(text + "\n", encoding="utf-8")

@@ -176,11 +176,30 @@ def build_model(
             parallel_output=True,
         )
     module = module.to(device=platform.device(), dtype=config.params_dtype)
+    _mark_split_weights(module)
     module.rope_frequencies = rope_frequencies(arch).to(platform.device())
     local_rows = rows // layout.tensor_size
     module.vocab_start = layout.tensor_rank * local_rows
     module.valid_vocab = min(max(arch.vocab_size - module.vocab_start, 0), local_rows)
     return module
+
+
+def _mark_split_weights(module: torch.nn.Module) -> None:
+    """Tell Megatron which weights are split over tensor parallelism: it sets these marks while
+    initialising, which we skip, and the gradient norm counts each split weight once by them."""
+    split_axis = {
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for layer in module.modules():
+        axis = split_axis.get(type(layer))
+        weight = getattr(layer, "weight", None)
+        if axis is not None and weight is not None:
+            for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                if hasattr(weight, name):
+                    delattr(weight, name)
+            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
 def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:

@@ -108,7 +108,7 @@ class Policy:
         sum(loss) / sum(weight) over the global batch.
         """
         self.module.train()
-        self.ddp.zero_grad_buffer()
+        self._clear_gradients()
         step = partial(self._train_step, objective=objective, reference=reference)
         with device_scope():
             outputs = get_forward_backward_func()(
@@ -121,6 +121,12 @@ class Policy:
                 forward_only=False,
             )
         return self._reduce_metrics(outputs)
+
+    def _clear_gradients(self) -> None:
+        self.ddp.zero_grad_buffer()
+        # The optimizer leaves .grad aliasing the buffer; Megatron's hook would add it to itself.
+        for parameter in self.module.parameters():
+            parameter.grad = None
 
     def _train_step(
         self,

@@ -4,6 +4,7 @@ are folders of safetensors and JSON."""
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
-from nemo_selfpref.checkpoint.training_state import load_training, save_training
+from nemo_selfpref.checkpoint.training_state import (
+    load_optimizer,
+    load_training,
+    save_training,
+)
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.platform import Platform
 
@@ -87,13 +92,9 @@ class MegatronStrategy(DDPStrategy):
         """Weights were read in load_checkpoint."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        from nemo_selfpref.checkpoint.training_state import load_optimizer
-
-        load_optimizer(self._loading, self._optimizer, self._policy)
+        load_optimizer(self._loading, self._optimizer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        import shutil
-
         if self.is_global_zero:
             shutil.rmtree(filepath)
 
@@ -101,8 +102,8 @@ class MegatronStrategy(DDPStrategy):
         barrier()
 
     def teardown(self) -> None:
-        """The process group outlives the stage; weights stay where they are."""
-        self.lightning_module and self.lightning_module.cpu  # noqa: B018
+        """The process group and the weights outlive the stage; only the optimizer's state goes."""
+        self.optimizers = []
 
     @property
     def _policy(self) -> Any:

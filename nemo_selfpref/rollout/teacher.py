@@ -136,7 +136,7 @@ class FileTeacher:
         for number, row in _rows(path, data, ("id", "answer")):
             if row["id"] in self._answers:
                 raise DataError(f"{path}:{number}: id {row['id']!r} occurs twice; keep one answer")
-            self._answers[row["id"]] = row["answer"] if row["answer"].strip() else ""
+            self._answers[row["id"]] = _clean(row["answer"])
 
     def answer(
         self, requests: Sequence[TeacherRequest], on_done: Callable[[int], None] | None = None
@@ -424,9 +424,14 @@ def _parse_reply(data: bytes) -> tuple[dict[str, str], dict[str, int]]:
     answer, finish = choice["message"].get("content") or "", choice.get("finish_reason") or ""
     if not isinstance(answer, str) or not isinstance(finish, str):
         raise TypeError
-    refused = finish == "content_filter" or not answer.strip()
+    text = "" if finish == "content_filter" else _clean(answer)
     usage = {name: _count_in(reply.get("usage"), name) for name in _USAGE}
-    return {"answer": "" if refused else answer, "finish_reason": finish}, usage
+    return {"answer": text, "finish_reason": finish}, usage
+
+
+def _clean(answer: str) -> str:
+    # JSON may carry half a surrogate pair, which no tokenizer takes.
+    return answer.encode("utf-8", "replace").decode() if answer.strip() else ""
 
 
 def _count_in(usage: Any, name: str) -> int:

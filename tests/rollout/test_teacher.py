@@ -17,6 +17,7 @@ import pytest
 
 from nemo_selfpref.errors import ConfigError, DataError, RolloutError
 from nemo_selfpref.rollout.teacher import (
+    MAX_REPLY_BYTES,
     EndpointConfig,
     EndpointTeacher,
     FileTeacher,
@@ -131,7 +132,7 @@ def test_answers_by_id_with_the_sampling_settings(endpoint: Endpoint) -> None:
     ask = teacher(endpoint, temperature=0.3, top_p=0.9, max_tokens=77)
     assert ask.answer(asks("a", "b\u2028é\ud800"), done.append) == {
         "id-a": "re: a",
-        "id-b\u2028é\ud800": "re: b\u2028é\ud800",
+        "id-b\u2028é\ud800": "re: b\u2028é?",
     }
     assert done == [1, 2]
     assert endpoint.seen[0]["path"] == "/v1/chat/completions"
@@ -188,6 +189,22 @@ def test_transient_status_twice_then_ok(endpoint: Endpoint, status: int) -> None
     endpoint.script = lambda prompt, nth: Reply("no", status, headers) if nth < 3 else chat("ok")
     assert teacher(endpoint).answer(asks("a")) == {"id-a": "ok"}
     assert len(endpoint.seen) == 3
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e9", "", "soon"])
+def test_a_nonsensical_retry_after_is_ignored(endpoint: Endpoint, value: str) -> None:
+    limited = Reply("no", 429, {"Retry-After": value})
+    endpoint.script = lambda prompt, nth: limited if nth == 1 else chat("ok")
+    started = time.monotonic()
+    assert teacher(endpoint).answer(asks("a")) == {"id-a": "ok"}
+    assert time.monotonic() - started < 2
+
+
+def test_a_reply_without_end_is_given_up(endpoint: Endpoint) -> None:
+    endpoint.script = lambda prompt, nth: Reply(b" " * (MAX_REPLY_BYTES + 2**16))
+    with pytest.raises(RolloutError, match="more than"):
+        teacher(endpoint).answer(asks("a"))
+    assert len(endpoint.seen) == 1
 
 
 def test_attempts_are_bounded(endpoint: Endpoint) -> None:
@@ -315,6 +332,21 @@ def test_one_failure_stops_the_rest_and_keeps_what_came(endpoint: Endpoint, tmp_
     assert (resumed.cost().cached, resumed.cost().calls) == (saved, 200 - saved)
 
 
+def test_one_failure_ends_the_waits_of_the_others(endpoint: Endpoint) -> None:
+    def script(prompt: str, nth: int) -> Reply:
+        if prompt == "wait":
+            return Reply("later", 429, {"Retry-After": "60"})
+        time.sleep(0.2)
+        return Reply("bad", 400)
+
+    endpoint.script = script
+    started = time.monotonic()
+    with pytest.raises(RolloutError, match="'id-bad': HTTP 400"):
+        teacher(endpoint).answer(asks("wait", "bad"))
+    assert time.monotonic() - started < 5
+    assert endpoint.prompts.count("wait") == 1
+
+
 def test_an_error_of_the_caller_stops_the_run(endpoint: Endpoint) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
@@ -399,13 +431,13 @@ def test_cache_is_keyed_by_the_settings(
     endpoint: Endpoint, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     cache = str(tmp_path / "cache.jsonl")
-    first, second = (teacher(endpoint, cache_path=cache, **more) for more in ({}, change))
-    first.answer(asks("a"))
-    second.answer(asks("a"))
-    teacher(endpoint, cache_path=cache, max_concurrency=2, timeout_s=9.0, **change).answer(
-        asks("a")
-    )
+    for more in ({}, change, {"max_concurrency": 2, "timeout_s": 9.0, **change}, {}):
+        teacher(endpoint, cache_path=cache, **more).answer(asks("a"))
     assert len(endpoint.seen) == 2
+    for _ in range(2):
+        other = endpoint.url.replace("/v1", "/v2")
+        teacher(endpoint, cache_path=cache, base_url=other).answer(asks("a"))
+    assert len(endpoint.seen) == 3
 
 
 def test_loopback_ignores_a_proxy(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,8 +509,12 @@ def test_requests_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
 
 def test_file_teacher_names_missing_answers(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"id": "id-a", "answer": " "}\n{"id": "other", "answer": "x"}\n')
+    path.write_text(
+        '{"id": "id-a", "answer": " "}\n{"id": "half", "answer": "\\ud800!"}\n'
+        '{"id": "other", "answer": "x"}\n'
+    )
     assert FileTeacher(path).answer(asks("a")) == {"id-a": ""}
+    assert FileTeacher(path).answer([TeacherRequest("half", "p")]) == {"half": "?!"}
     with pytest.raises(
         RolloutError, match="no answer to 4 of 5 .*id-b, id-c, id-d; run the request"
     ):
