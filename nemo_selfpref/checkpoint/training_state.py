@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 from nemo_selfpref.checkpoint.files import publish_folder, read_json, write_json
-from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, read_common, save_state
+from nemo_selfpref.checkpoint.sharded import (
+    ShardReader,
+    TensorSource,
+    load_state,
+    read_common,
+    save_state,
+)
 from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
@@ -120,6 +126,11 @@ def _write_manifest(folder: Path, policy: Policy) -> None:
     )
 
 
+def fill_policy(policy: Policy, source: TensorSource) -> None:
+    """Take all of the policy's weights from a source of global tensors."""
+    policy.module.load_state_dict(load_state(source, policy.sharded_state_dict()))
+
+
 def load_weights(folder: Path, policy: Policy) -> None:
     """Read a checkpoint's weights into the policy.
 
@@ -131,7 +142,7 @@ def load_weights(folder: Path, policy: Policy) -> None:
     if saved != own:
         differ = ", ".join(f"{k}: {saved[k]} there, {own[k]} here" for k in own if saved[k] != own[k])
         raise CheckpointError(f"{folder} is of another architecture ({differ})")
-    policy.load(weights_of(folder))
+    fill_policy(policy, weights_of(folder))
     policy.weight_version = int(read_manifest(folder)["weight_version"])
 
 

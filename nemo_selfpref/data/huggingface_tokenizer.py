@@ -189,7 +189,7 @@ def _load(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a bad file
         raise DataError(
             f"{folder}: not a Hugging Face tokenizer folder: {error}; expected tokenizer.json and "
             "tokenizer_config.json; set model.tokenizer.path"

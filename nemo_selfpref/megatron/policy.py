@@ -90,12 +90,6 @@ class Policy:
         """megatron-core's description of this rank's weights, one key a layer."""
         return self.module.sharded_state_dict(metadata={"non_homogeneous_layers": True})
 
-    def load(self, source: Any) -> None:
-        """Take all weights from a TensorSource."""
-        from nemo_selfpref.checkpoint.sharded import load_state
-
-        self.module.load_state_dict(load_state(source, self.sharded_state_dict()))
-
     def train_batch(
         self,
         batches: Sequence[PackedBatch],

@@ -1,84 +1,23 @@
-"""The external LLM of SGPO step 1: answers from a file, or from a chat completions endpoint.
-
-Answers are paid for, so each is on disk before the next is asked for: a run that is killed and
-started again asks only for those that were in flight.
-"""
+"""The external LLM of SGPO step 1: what it is asked, and answers that it gave elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
-import ipaddress
 import json
-import math
 import os
-import random
-import re
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from io import FileIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import httpx
-import tenacity
-
-from nemo_selfpref.errors import ConfigError, DataError, RolloutError
-
-MAX_BACKOFF_S, MAX_RETRY_AFTER_S, MAX_REPLY_BYTES = 60.0, 600.0, 32 * 2**20
-_USAGE = ("prompt_tokens", "completion_tokens")
-_CACHE_START = b'{"key": "'
-_HINTS = {
-    401: "check the API key in the environment variable named by api_key_env",
-    403: "check what the API key in the variable named by api_key_env may use",
-    404: "check base_url (it usually ends in /v1) and model",
-}
+from nemo_selfpref.errors import DataError, RolloutError
+from nemo_selfpref.rollout.answer_cache import clean, rows
 
 
 @dataclass(frozen=True)
 class TeacherRequest:
     id: str
     prompt: str
-
-
-@dataclass(frozen=True)
-class TeacherCost:
-    """What one teacher has spent so far; tokens are those of its own calls, as the server counts.
-
-    `cut_off` counts answers, cached ones too, that ended at max_tokens.
-    """
-
-    calls: int = 0
-    cached: int = 0
-    cut_off: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-@dataclass
-class EndpointConfig:
-    base_url: str
-    """Up to the version, as in https://api.openai.com/v1."""
-    model: str
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the API key; null sends no key."""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_tokens: int = 1024
-    max_concurrency: int = 8
-    requests_per_minute: int = 0
-    """0 sets no limit; retries count."""
-    timeout_s: float = 120.0
-    max_attempts: int = 6
-    cache_path: str | None = None
-    """JSONL of the answers so far; null keeps them in memory only."""
-    allow_insecure_http: bool = False
-    """Permit http:// to another machine, where prompts and key travel in the clear."""
 
 
 class Teacher(Protocol):
@@ -100,7 +39,7 @@ def write_requests(path: str | Path, requests: Sequence[TeacherRequest]) -> None
     Raises:
         RolloutError: two requests share an id, or the file cannot be written.
     """
-    _check_ids(requests)
+    check_ids(requests)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -133,15 +72,15 @@ class FileTeacher:
             data = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-        for number, row in _rows(path, data, ("id", "answer")):
+        for number, row in rows(path, data, ("id", "answer")):
             if row["id"] in self._answers:
                 raise DataError(f"{path}:{number}: id {row['id']!r} occurs twice; keep one answer")
-            self._answers[row["id"]] = _clean(row["answer"])
+            self._answers[row["id"]] = clean(row["answer"])
 
     def answer(
         self, requests: Sequence[TeacherRequest], on_done: Callable[[int], None] | None = None
     ) -> dict[str, str]:
-        _check_ids(requests)
+        check_ids(requests)
         missing = [request.id for request in requests if request.id not in self._answers]
         if missing:
             raise RolloutError(
@@ -154,351 +93,9 @@ class FileTeacher:
         return {request.id: self._answers[request.id] for request in requests}
 
 
-class EndpointTeacher:
-    """Answers from an OpenAI-compatible endpoint; equal prompts are asked once.
-
-    Raises:
-        ConfigError: a setting is out of range, the URL is unsafe or the API key is not set.
-        DataError: the cache is damaged, or is not a cache.
-    """
-
-    def __init__(self, config: EndpointConfig, *, backoff_s: float = 1.0) -> None:
-        self._config = replace(config)
-        self._url = _checked_url(config)
-        self._key = _api_key(config.api_key_env)
-        self._cache = _AnswerCache(config.cache_path)
-        self._backoff_s = backoff_s
-        self._cost = TeacherCost()
-        self._lock = threading.Lock()
-        self._next_slot = 0.0
-
-    def cost(self) -> TeacherCost:
-        return self._cost
-
-    def estimate_tokens(self, requests: Sequence[TeacherRequest]) -> int:
-        """Rough prompt tokens that `answer` would send: four characters each, cached ones free."""
-        prompts = {self._cache_key(request.prompt): request.prompt for request in requests}
-        new = (prompt for key, prompt in prompts.items() if key not in self._cache.rows)
-        return sum(math.ceil(len(prompt) / 4) for prompt in new)
-
-    def answer(
-        self, requests: Sequence[TeacherRequest], on_done: Callable[[int], None] | None = None
-    ) -> dict[str, str]:
-        _check_ids(requests)
-        waiting: dict[str, list[str]] = {}
-        todo: dict[str, TeacherRequest] = {}
-        for request in requests:
-            key = self._cache_key(request.prompt)
-            waiting.setdefault(key, []).append(request.id)
-            if key not in self._cache.rows:
-                todo.setdefault(key, request)
-        done = len(requests) - sum(len(waiting[key]) for key in todo)
-        self._count(cached=done)
-        if on_done and done:
-            on_done(done)
-        with contextlib.closing(self._fetch(todo)) as arrivals:
-            for key in arrivals:
-                done += len(waiting[key])
-                if on_done:
-                    on_done(done)
-        rows = {key: self._cache.rows[key] for key in waiting}
-        self._count(cut_off=sum(row["finish_reason"] == "length" for row in rows.values()))
-        return {r.id: rows[self._cache_key(r.prompt)]["answer"] for r in requests}
-
-    def _fetch(self, todo: Mapping[str, TeacherRequest]) -> Generator[str, None, None]:
-        if not todo:
-            return
-        stop, threads = threading.Event(), self._config.max_concurrency
-        client = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=self._config.timeout_s,
-            limits=httpx.Limits(max_connections=threads, max_keepalive_connections=threads),
-            # A proxy from the environment would carry requests for this machine off it.
-            trust_env=not _is_loopback(self._url.host),
-        )
-        with client, ThreadPoolExecutor(threads) as pool:
-            jobs = {pool.submit(self._ask, client, stop, key, todo[key]): key for key in todo}
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    yield jobs[job]
-            finally:
-                # Answers in flight are paid for: they end and are saved, but nothing is retried.
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-
-    def _ask(
-        self, client: httpx.Client, stop: threading.Event, key: str, request: TeacherRequest
-    ) -> None:
-        attempts = self._config.max_attempts
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(attempts) | tenacity.stop_when_event_set(stop),
-            wait=self._delay,
-            retry=tenacity.retry_if_exception_type(_Transient),
-            sleep=tenacity.sleep_using_event(stop),
-            reraise=True,
-        )
-        try:
-            self._cache.put(key, retrying(self._post, client, stop, request))
-        except _Transient as error:
-            raise RolloutError(
-                f"request {request.id!r}: {error}, after {attempts} attempts; run again when the "
-                "endpoint is well, or lower max_concurrency (with cache_path set, the answers so "
-                "far are kept)"
-            ) from None
-
-    def _delay(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        # The exponent is held down because a float power overflows long before a patient user does.
-        backoff = min(MAX_BACKOFF_S, self._backoff_s * 2.0 ** min(state.attempt_number - 1, 32))
-        return getattr(error, "retry_after", 0.0) + random.uniform(backoff / 2, backoff)
-
-    def _post(
-        self, client: httpx.Client, stop: threading.Event, request: TeacherRequest
-    ) -> dict[str, str]:
-        self._pace(stop)
-        if stop.is_set():
-            raise RolloutError(f"request {request.id!r}: not sent, because the run is stopping")
-        try:
-            status, retry_after, data = self._exchange(client, request.prompt)
-        except httpx.RequestError as error:
-            raise _Transient(self._safe(f"{type(error).__name__} {error}")) from None
-        if status == 200:
-            return self._accept(request, data)
-        what = self._described(status, data)
-        if status in (408, 409, 429) or status >= 500:
-            raise _Transient(what, retry_after)
-        if status == 400 and b'"content_filter"' in data:
-            # Azure refuses a prompt this way, where others answer 200 with this finish_reason.
-            return {"answer": "", "finish_reason": "content_filter"}
-        redirected = "redirects are not followed: give the final base_url"
-        hint = redirected if 300 <= status < 400 else _HINTS.get(status, "correct the request")
-        raise RolloutError(f"request {request.id!r}: {what}; {hint}")
-
-    def _accept(self, request: TeacherRequest, data: bytes) -> dict[str, str]:
-        try:
-            row, usage = _parse_reply(data)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise RolloutError(
-                f"request {request.id!r}: no chat completion in {self._described(200, data)}; "
-                "expected the JSON of OpenAI's chat completions: check base_url"
-            ) from None
-        self._count(calls=1, **usage)
-        return row
-
-    def _exchange(self, client: httpx.Client, prompt: str) -> tuple[int, float, bytes]:
-        body = {"messages": [{"role": "user", "content": prompt}], **self._sampling()}
-        # httpx times each read; a server that sends a byte now and then would hold us for ever.
-        deadline, data = time.monotonic() + self._config.timeout_s, bytearray()
-        headers = {"Content-Type": "application/json"}
-        content = json.dumps(body).encode()
-        with client.stream("POST", self._url, content=content, headers=headers) as reply:
-            for chunk in reply.iter_bytes():
-                data += chunk
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"no whole reply in {self._config.timeout_s} s")
-                if len(data) > MAX_REPLY_BYTES:
-                    raise RolloutError(f"a reply of more than {MAX_REPLY_BYTES} bytes; check model")
-            asked = reply.headers.get("Retry-After", "").strip()
-        seconds = float(asked) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", asked) else 0.0
-        return reply.status_code, min(seconds, MAX_RETRY_AFTER_S), bytes(data)
-
-    def _pace(self, stop: threading.Event) -> None:
-        if not self._config.requests_per_minute:
-            return
-        with self._lock:
-            slot = max(self._next_slot, time.monotonic())
-            self._next_slot = slot + 60.0 / self._config.requests_per_minute
-        stop.wait(slot - time.monotonic())
-
-    def _sampling(self) -> dict[str, Any]:
-        names = ("model", "temperature", "top_p", "max_tokens")
-        return {name: getattr(self._config, name) for name in names}
-
-    def _cache_key(self, prompt: str) -> str:
-        identity = json.dumps([str(self._url), self._sampling(), prompt], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()
-
-    def _count(self, **more: int) -> None:
-        with self._lock:
-            totals = {name: getattr(self._cost, name) + n for name, n in more.items()}
-            self._cost = replace(self._cost, **totals)
-
-    def _described(self, status: int, data: bytes) -> str:
-        return self._safe(f"HTTP {status} from {self._url}: {data.decode('utf-8', 'replace')}")
-
-    def _safe(self, text: str) -> str:
-        # Hidden before it is cut, so that no half of a key is left at the end.
-        return (text.replace(self._key, "[API key]") if self._key else text)[:400]
-
-
-class _Transient(Exception):
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class _AnswerCache:
-    """Answers by key; with a path, each is appended to a JSONL file and synced before use."""
-
-    FIELDS = ("key", "answer", "finish_reason")
-
-    def __init__(self, path: str | None) -> None:
-        self._path, self._lock = Path(path) if path else None, threading.Lock()
-        self.rows: dict[str, dict[str, str]] = {}
-        if self._path is None:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self._path) as file:
-                self._load(self._path, file)
-        except OSError as error:
-            raise ConfigError(
-                f"cache_path {path}: cannot be used ({error.strerror}); give a writable file"
-            ) from error
-
-    def _load(self, path: Path, file: FileIO) -> None:
-        data = file.readall()
-        end = data.rfind(b"\n") + 1
-        self.rows = {row["key"]: row for _, row in _rows(path, data[:end], self.FIELDS)}
-        torn = data[end:]
-        if not (torn.startswith(_CACHE_START) or _CACHE_START.startswith(torn)):
-            raise DataError(f"{path}: not an answer cache; give cache_path a file of its own")
-        file.truncate(end)
-
-    def put(self, key: str, row: dict[str, str]) -> None:
-        line = json.dumps({"key": key, **row}).encode() + b"\n"
-        with self._lock:
-            try:
-                if self._path:
-                    self._append(self._path, line)
-            except OSError as error:
-                raise RolloutError(
-                    f"{self._path}: an answer could not be saved ({error.strerror}); free some "
-                    "space and run again"
-                ) from error
-            self.rows[key] = row
-
-    @staticmethod
-    def _append(path: Path, line: bytes) -> None:
-        with _locked(path) as file:
-            end = file.seek(0, os.SEEK_END)
-            if file.write(line) != len(line):
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[FileIO]:
-    with path.open("a+b", buffering=0) as file:
-        # Some cluster file systems have no locks; one run per cache is safe without.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        yield file
-
-
-def _rows(path: str | Path, data: bytes, fields: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}:{number}: not JSON ({error}); mend or delete the line"
-            ) from error
-        for name in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(name), str):
-                raise DataError(
-                    f"{path}:{number}: no text under {name!r}; expected an object with text under "
-                    f"{', '.join(fields)}: mend or delete the line"
-                )
-        yield number, row
-
-
-def _parse_reply(data: bytes) -> tuple[dict[str, str], dict[str, int]]:
-    reply = json.loads(data)
-    choice = reply["choices"][0]
-    answer, finish = choice["message"].get("content") or "", choice.get("finish_reason") or ""
-    if not isinstance(answer, str) or not isinstance(finish, str):
-        raise TypeError
-    text = "" if finish == "content_filter" else _clean(answer)
-    usage = {name: _count_in(reply.get("usage"), name) for name in _USAGE}
-    return {"answer": text, "finish_reason": finish}, usage
-
-
-def _clean(answer: str) -> str:
-    # JSON may carry half a surrogate pair, which no tokenizer takes.
-    return answer.encode("utf-8", "replace").decode() if answer.strip() else ""
-
-
-def _count_in(usage: Any, name: str) -> int:
-    # Not every server counts, and an answer that is paid for is not lost over its count.
-    count = usage.get(name) if isinstance(usage, dict) else 0
-    return count if type(count) is int and count > 0 else 0
-
-
-def _check_ids(requests: Sequence[TeacherRequest]) -> None:
+def check_ids(requests: Sequence[TeacherRequest]) -> None:
     seen: set[str] = set()
     for request in requests:
         if request.id in seen:
             raise RolloutError(f"two teacher requests share the id {request.id!r}; ids are unique")
         seen.add(request.id)
-
-
-def _checked_url(config: EndpointConfig) -> httpx.URL:
-    c = config
-    rules = {
-        "model": (bool(c.model), "a name"),
-        "temperature": (0 <= c.temperature < math.inf, "0 or more"),
-        "top_p": (0 < c.top_p <= 1, "above 0 and at most 1"),
-        "max_tokens": (c.max_tokens >= 1, "1 or more"),
-        "max_concurrency": (c.max_concurrency >= 1, "1 or more"),
-        "requests_per_minute": (c.requests_per_minute >= 0, "0 or more"),
-        "timeout_s": (0 < c.timeout_s < math.inf, "above 0"),
-        "max_attempts": (c.max_attempts >= 1, "1 or more"),
-    }
-    for name, (good, expected) in rules.items():
-        if not good:
-            raise ConfigError(f"{name} is {getattr(c, name)!r}; expected {expected}")
-    try:
-        url = httpx.URL(c.base_url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"base_url is no URL ({error}); expected https://host/v1") from None
-    # The URL is not repeated in these messages, since what is wrong in it may be a secret.
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError("base_url: expected http or https and a host, as in https://host/v1")
-    if url.userinfo or url.query or url.fragment:
-        raise ConfigError(
-            "base_url carries a user, query or fragment; give host and path only, and the key in "
-            "the environment variable named by api_key_env"
-        )
-    if url.scheme == "http" and not (_is_loopback(url.host) or c.allow_insecure_http):
-        raise ConfigError(
-            f"base_url: http:// to {url.host} sends prompts and key in the clear; use https://, or "
-            "set allow_insecure_http to true on a network you trust"
-        )
-    path = url.path.rstrip("/").removesuffix("/chat/completions")
-    return url.copy_with(path=f"{path}/chat/completions")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _api_key(variable: str | None) -> str:
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(f"api_key_env: the environment variable {variable} is not set; export it")
-    if not re.fullmatch(r"[!-~]+", key):
-        raise ConfigError(
-            f"api_key_env: {variable} holds a blank or non-ASCII character; copy the key again"
-        )
-    return key

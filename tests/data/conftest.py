@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,24 @@ from nemo_selfpref.config.schema import TokenizerConfig
 from nemo_selfpref.data.sentencepiece_tokenizer import train_sentencepiece
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 
-CORPUS = [
+_SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "user assistant system: answer the question in one short sentence, please.",
     "im_end im_start end of text begin of text header id user assistant",
     "Numbers such as 100, 1000 and 10000 repeat their digits; so do ---- and ====.",
     "caf\u00e9 na\u00efve \u00fcber \u65e5\u672c\u8a9e two  spaces   three",
-] * 20
+]
+_SYLLABLES = ["ba", "be", "bi", "do", "fa", "ge", "hi", "ka", "lo", "mu", "na", "pe", "ri", "so"]
+
+
+def make_corpus() -> list[str]:
+    """A few sentences, and many made-up words so that a vocabulary of 500 pieces can be filled."""
+    random_ = random.Random(3)
+    words = ["".join(random_.choices(_SYLLABLES, k=random_.randint(1, 4))) for _ in range(400)]
+    return _SENTENCES * 20 + [" ".join(random_.choices(words, k=12)) for _ in range(200)]
+
+
+CORPUS = make_corpus()
 
 CHATML_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' "
@@ -52,6 +64,11 @@ def train_byte_level(folder: Path, special: list[str], template: str | None, **n
 
 
 @pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    return CORPUS
+
+
+@pytest.fixture(scope="session")
 def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_byte_level(
         tmp_path_factory.mktemp("chatml"),
@@ -81,7 +98,7 @@ def llama3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_sentencepiece(CORPUS, 420, tmp_path_factory.mktemp("spm") / "small")
+    return train_sentencepiece(CORPUS, 500, tmp_path_factory.mktemp("spm") / "small")
 
 
 @pytest.fixture(scope="session")

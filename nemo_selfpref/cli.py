@@ -1,0 +1,170 @@
+"""The command line: selfpref train | generate | import | export | methods | demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_selfpref import __version__
+from nemo_selfpref.errors import SelfPrefError
+
+_EPILOG = """\
+examples:
+  selfpref demo                                    the whole loop on a small task, no model needed
+  selfpref train --config-name sgpo \\
+      model.restore_from_path=HF_DIR data.train_path=[sft.jsonl] \\
+      algorithm.targets.source=file algorithm.targets.path=answers.jsonl
+  selfpref train --config-name dpo --cfg job       show the settings, run nothing
+  selfpref export --checkpoint runs/sgpo/checkpoint --out my-model
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selfpref",
+        description="Align language models with preference pairs they make themselves.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nemo_selfpref {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _train_parser(commands)
+    _generate_parser(commands)
+    _import_parser(commands)
+    _export_parser(commands)
+    commands.add_parser("methods", help="list the algorithms").set_defaults(act=_methods)
+    _demo_parser(commands)
+    return parser
+
+
+def _train_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a policy",
+        description="Train with a configuration of conf/ and Hydra overrides (key=value).",
+    )
+    train.add_argument("--config-name", required=True, help="sft, dpo, ipo, orpo, sgpo, ...")
+    train.add_argument("--config-dir", type=Path, help="a folder with YAML files of your own")
+    train.add_argument("--cfg", choices=["job"], help="print the resolved settings and stop")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.set_defaults(act=_train)
+
+
+def _generate_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser("generate", help="answer prompts with a trained model")
+    generate.add_argument("--model", required=True, type=Path, help="checkpoint or HF folder")
+    generate.add_argument("--prompts", required=True, type=Path, help=".jsonl, .json, .parquet, .txt")
+    generate.add_argument("--out", type=Path, help="JSONL file; by default the terminal")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(act=_generate)
+
+
+def _import_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    imports = commands.add_parser("import", help="Hugging Face folder to checkpoint")
+    imports.add_argument("--hf", required=True, type=Path)
+    imports.add_argument("--out", required=True, type=Path)
+    imports.set_defaults(act=_import)
+
+
+def _export_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser("export", help="checkpoint to Hugging Face folder")
+    export.add_argument("--checkpoint", required=True, type=Path)
+    export.add_argument("--out", required=True, type=Path)
+    export.add_argument("--no-verify", action="store_true", help="skip the comparison of logits")
+    export.set_defaults(act=_export)
+
+
+def _demo_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser("demo", help="SGPO end to end on a small task, on this machine")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="passed to both trainings")
+    demo.set_defaults(act=_demo)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from nemo_selfpref.algorithms.base import algorithms
+    from nemo_selfpref.config.loader import load_config
+    from nemo_selfpref.training.launch import launch, needs_launch
+    from nemo_selfpref.training.train import check_before_work, train
+
+    schemas = {name: cls.config_class for name, cls in algorithms().items()}
+    cfg = load_config(args.config_name, args.overrides, schemas, args.config_dir)
+    if args.cfg:
+        sys.stdout.write(OmegaConf.to_yaml(cfg))
+        return 0
+    typed = check_before_work(cfg)
+    if needs_launch(typed):
+        return launch(typed, args.argv)
+    train(cfg)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.generate import generate
+
+    generate(args)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.convert import import_hf
+
+    import_hf(args.hf, args.out)
+    sys.stdout.write(f"checkpoint  {args.out}\n")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.convert import export_hf
+
+    sys.stdout.write(export_hf(args.checkpoint, args.out, verify=not args.no_verify) + "\n")
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from nemo_selfpref.algorithms.base import algorithms
+
+    for name, algorithm in algorithms().items():
+        sys.stdout.write(f"{name:8} {algorithm.summary} [{algorithm.paper}]\n")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from nemo_selfpref.demo.run import run_demo
+
+    run_demo(args.out, args.overrides)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors meant for people come without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    args.argv = arguments
+    try:
+        return args.act(args)
+    except SelfPrefError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stderr.write(f"selfpref: {error}\n")
+        return 2
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    # Only a command that joined one has imported the module.
+    parallel = sys.modules.get("nemo_selfpref.megatron.parallel")
+    if parallel is not None:
+        parallel.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

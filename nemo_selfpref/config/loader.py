@@ -1,0 +1,131 @@
+"""Composing a run's configuration with Hydra, strictly: what is not in the schema is refused."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_selfpref.config.paths import conf_dir
+from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
+from nemo_selfpref.errors import ConfigError
+
+
+def register_schemas(algorithm_configs: dict[str, type[AlgorithmConfig]]) -> None:
+    """Make the typed groups known to Hydra under the names that the YAML files build on."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for name, schema in algorithm_configs.items():
+        store.store(group="algorithm", name=f"{name}_schema", node=schema)
+
+
+def load_config(
+    config_name: str,
+    overrides: Sequence[str],
+    algorithm_configs: dict[str, type[AlgorithmConfig]],
+    config_dir: Path | None = None,
+) -> DictConfig:
+    """The resolved, typed configuration of a run.
+
+    Args:
+        config_name: a YAML file at the top of the configuration folder, without suffix.
+        overrides: Hydra overrides, `key=value`.
+        algorithm_configs: settings class of every algorithm, by name.
+        config_dir: another folder of YAML files; ours stay reachable behind it.
+
+    Raises:
+        ConfigError: no such config, unknown key, wrong type, value missing.
+    """
+    register_schemas(algorithm_configs)
+    folder = (config_dir or conf_dir()).resolve()
+    _check_name(config_name, folder)
+    extra = [] if folder == conf_dir().resolve() else [f"hydra.searchpath=[file://{conf_dir()}]"]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            cfg = compose(config_name, overrides=[*extra, *overrides])
+        OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not _optional(cfg, key))
+    if missing:
+        raise ConfigError(
+            "no value for " + ", ".join(missing) + ". Give one: " + f"{missing[0]}=..."
+        )
+    return cfg
+
+
+def _check_name(config_name: str, folder: Path) -> None:
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    if config_name not in names:
+        raise ConfigError(
+            f"--config-name {config_name}: no such file in {folder}. There are: {', '.join(names)}."
+            + _did_you_mean(config_name, names)
+        )
+
+
+def _optional(cfg: DictConfig, key: str) -> bool:
+    """Fields of an algorithm's own nested settings may stay open; its check decides."""
+    return key.startswith("algorithm.") and key.count(".") > 1
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's and OmegaConf's messages in our words: the key, what it got, what is possible."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = " ".join(str(chain[-1] if isinstance(chain[-1], OmegaConfBaseException) else error).split("\n"))
+    text = re.sub(r"\s+(object_type|reference_type)=\S+", "", text).strip()
+    known = list(_known_keys(RunConfig))
+    found = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
+        r"Could not override '([^']+)'", text
+    )
+    if found:
+        full = re.search(r"full_key: (\S+)", text)
+        key = full.group(1) if full else found.group(1)
+        return f"unknown setting {key!r}." + _did_you_mean(key, known) + _from_override(key, overrides)
+    full = re.search(r"full_key: (\S+)", text)
+    if full:
+        text = text.replace(f"full_key: {full.group(1)}", "").strip()
+        return f"{full.group(1)}: {text}"
+    return text
+
+
+def _from_override(key: str, overrides: Sequence[str]) -> str:
+    leaf = key.rsplit(".", 1)[-1]
+    given = [o for o in overrides if o.split("=", 1)[0].lstrip("+~").endswith(leaf)]
+    return f" It came from the override {given[0]!r}." if given else ""
+
+
+def _known_keys(schema: type, prefix: str = "") -> Iterable[str]:
+    for item in fields(cast(Any, schema)):
+        yield prefix + item.name
+        made = None
+        if item.default_factory is not None and callable(item.default_factory):
+            made = item.default_factory()
+        if is_dataclass(made):
+            yield from _known_keys(type(made), f"{prefix}{item.name}.")
+
+
+def _did_you_mean(key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = key.rsplit(".", 1)[-1]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def to_typed(cfg: DictConfig) -> RunConfig:
+    """The configuration as dataclasses."""
+    return cast(RunConfig, OmegaConf.to_object(cfg))

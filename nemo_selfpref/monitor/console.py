@@ -1,0 +1,125 @@
+"""What a run shows on the terminal: progress bars, a line now and then, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from nemo_selfpref.types import DropReport
+
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr")
+
+
+class Console:
+    """Terminal output of one process; only the first rank shows anything."""
+
+    def __init__(self, enabled: bool = True, bars: bool = True) -> None:
+        self.enabled, self.bars = enabled, bars
+        self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self._rich.print(text, markup=False)
+
+    def rows(self, what: str, report: DropReport) -> None:
+        """How many rows there are, and why others are not."""
+        self.say(f"{what}: {report.summary()}")
+
+    def skipped(self, stage: str) -> None:
+        self.say(f"{stage}: already done, read back")
+
+    def metrics(self, stage: str, num_steps: int, metrics: Mapping[str, float]) -> None:
+        """A line of the metrics people watch."""
+        if self.enabled and not (self.bars and self._rich.is_terminal):
+            shown = "  ".join(f"{n} {metrics[n]:.4g}" for n in _SHOWN if n in metrics)
+            self.say(f"{stage} step {int(metrics['step'])}/{num_steps}  {shown}")
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        """A progress bar; yields advance(count, tokens, loss=None)."""
+        started, tokens, done = time.monotonic(), 0, 0
+        visible = self.enabled and self.bars and self._rich.is_terminal
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._rich,
+            disable=not visible,
+        )
+        with bar:
+            task = bar.add_task(what, total=total, note="")
+
+            def advance(count: int, new_tokens: int = 0, loss: float | None = None) -> None:
+                nonlocal tokens, done
+                tokens += new_tokens
+                done += count
+                rate = tokens / max(time.monotonic() - started, 1e-9)
+                note = f"{rate:,.0f} tok/s" if tokens else ""
+                note += f" loss {loss:.4f}" if loss is not None else ""
+                bar.update(task, completed=min(done, total), note=note)
+
+            yield advance
+        if self.enabled and not visible:
+            seconds = time.monotonic() - started
+            rate = f", {tokens / max(seconds, 1e-9):,.0f} tok/s" if tokens else ""
+            self.say(f"{what}: {done} {unit} in {seconds:.1f} s{rate}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table; numbers are set to the right."""
+        if not self.enabled:
+            return
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            numeric = all(isinstance(row[index], int | float) or row[index] == "" for row in rows)
+            table.add_column(column, justify="right" if numeric and rows else "left")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row))
+        self._rich.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def summary_rows(summary: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The closing table's rows: stage, rows or answers, tokens, steps, seconds, dropped."""
+    rows = []
+    for facts in summary:
+        dropped = facts.get("dropped", {})
+        rows.append(
+            [
+                facts["stage"],
+                facts.get("kept", facts.get("rows", facts.get("answers", ""))),
+                ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items())),
+                int(facts.get("generated_tokens", facts.get("tokens", facts.get("completion_tokens", 0)))) or "",
+                facts.get("steps", ""),
+                round(facts["loss"], 4) if "loss" in facts else "",
+                round(facts["seconds"], 1) if "seconds" in facts else "",
+            ]
+        )
+    return rows
+
+
+SUMMARY_COLUMNS = ("stage", "rows", "dropped", "tokens", "steps", "last loss", "seconds")

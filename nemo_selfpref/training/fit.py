@@ -1,0 +1,143 @@
+"""One training stage under a Lightning Trainer, with NeMo's experiment manager."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from omegaconf import OmegaConf
+
+from nemo_selfpref.checkpoint.training_state import is_checkpoint
+from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.models.nemo_adapter import exp_manager
+from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
+from nemo_selfpref.models.strategy import MegatronStrategy
+from nemo_selfpref.monitor.console import Console
+
+
+def fit_stage(
+    model: MegatronGPTPreferenceModel,
+    stage: TrainingStage,
+    cfg: RunConfig,
+    folder: Path,
+    console: Console,
+) -> dict[str, float]:
+    """Train to the end of the stage, continuing from its newest checkpoint if there is one.
+
+    Returns the last step's metrics and `tokens` of the whole stage.
+    """
+    model.begin_stage(stage)
+    assert model.batches is not None
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        model.batches.start = step_of(newest)
+    recorder = _Recorder(folder, cfg, model, console, stage)
+    trainer = _trainer(model, stage, cfg, folder, recorder)
+    model.set_trainer(trainer)
+    trainer.fit(model, ckpt_path=str(newest) if newest else None)
+    return recorder.result()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    found = [p for p in (folder / "checkpoints").glob("step-*") if is_checkpoint(p)]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _trainer(
+    model: MegatronGPTPreferenceModel,
+    stage: TrainingStage,
+    cfg: RunConfig,
+    folder: Path,
+    recorder: pl.Callback,
+) -> pl.Trainer:
+    policy = model.policy
+    trainer = pl.Trainer(
+        strategy=MegatronStrategy(policy.platform),
+        accelerator="gpu" if policy.platform.cuda else "cpu",
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        max_epochs=1,
+        max_steps=stage.plan.num_steps,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        logger=False,
+        callbacks=[recorder],
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    settings = {
+        "explicit_log_dir": str(folder / "logs"),
+        "create_tensorboard_logger": cfg.exp_manager.create_tensorboard_logger,
+        "create_checkpoint_callback": False,
+        "log_step_timing": False,
+        "resume_if_exists": False,
+        "seconds_to_sleep": 0,
+    }
+    exp_manager(trainer, OmegaConf.create(settings))
+    return trainer
+
+
+class _Recorder(pl.Callback):
+    """Progress, metrics.jsonl and checkpoints within a stage."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: RunConfig,
+        model: MegatronGPTPreferenceModel,
+        console: Console,
+        stage: TrainingStage,
+    ) -> None:
+        self.folder, self.params = folder, cfg.exp_manager.checkpoint_callback_params
+        self.model, self.console, self.stage = model, console, stage
+        self.every = cfg.trainer.log_every_n_steps
+        self.tokens = 0.0
+        self._bar: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._context = self.console.progress(self.stage.name, self.stage.plan.num_steps, "steps")
+        self._bar = self._context.__enter__()
+        self._bar(trainer.global_step, 0)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        metrics = {"step": trainer.global_step, **self.model.last_metrics}
+        self.tokens += metrics["tokens"]
+        self._bar(1, int(metrics["tokens"]), loss=metrics["loss"])
+        if self.model.policy.layout.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(metrics) + "\n")
+        if metrics["step"] % self.every == 0 or metrics["step"] == self.stage.plan.num_steps:
+            self.console.metrics(self.stage.name, self.stage.plan.num_steps, metrics)
+        every = self.params.every_n_train_steps
+        if every and metrics["step"] % every == 0:
+            trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{metrics['step']:06d}")
+            self._prune(trainer)
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        keep = self.params.save_top_k
+        found = sorted((self.folder / "checkpoints").glob("step-*"), key=step_of)
+        if keep >= 0:
+            for old in found[: max(len(found) - keep, 0)]:
+                trainer.strategy.remove_checkpoint(old)
+        trainer.strategy.barrier()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._context.__exit__(None, None, None)
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        if self._bar is not None:
+            self._context.__exit__(None, None, None)
+
+    def result(self) -> dict[str, float]:
+        """Last metrics, and the tokens this process trained on in the stage."""
+        return {**self.model.last_metrics, "tokens": self.tokens}

@@ -1,0 +1,101 @@
+"""From a configuration to a policy with its tokenizer: the start of every command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_selfpref.checkpoint.hf_config import read_architecture
+from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
+from nemo_selfpref.checkpoint.sharded import TensorSource
+from nemo_selfpref.checkpoint.training_state import (
+    architecture_of,
+    fill_policy,
+    is_checkpoint,
+    read_manifest,
+    weights_of,
+)
+from nemo_selfpref.config.checks import check_architecture
+from nemo_selfpref.config.schema import ArchitectureConfig, RunConfig
+from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
+from nemo_selfpref.errors import ConfigError
+from nemo_selfpref.megatron import parallel
+from nemo_selfpref.megatron.parallel import Layout
+from nemo_selfpref.megatron.platform import select_platform
+from nemo_selfpref.megatron.policy import Policy
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a model starts from, read and checked before any process group is joined."""
+
+    folder: Path | None
+    arch: ArchitectureConfig
+    tokenizer: ChatTokenizer
+
+
+def find_start(cfg: RunConfig) -> Start:
+    """The model's shape and tokenizer.
+
+    Raises:
+        ConfigError: nothing to start from, or a shape the parallel layout cannot split.
+        CheckpointError, DataError: the folder or its tokenizer cannot be used.
+    """
+    folder = Path(cfg.model.restore_from_path) if cfg.model.restore_from_path else None
+    arch = _architecture(cfg, folder)
+    tokenizer = load_tokenizer(cfg.model.tokenizer, _tokenizer_folder(folder))
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model only {arch.vocab_size}: "
+            "they do not belong together"
+        )
+    check_architecture(cfg, arch)
+    return Start(folder, arch, tokenizer)
+
+
+def _architecture(cfg: RunConfig, folder: Path | None) -> ArchitectureConfig:
+    if folder is None:
+        if cfg.model.architecture is None:
+            raise ConfigError(
+                "nothing to start from: set model.restore_from_path to a Hugging Face folder or a "
+                "checkpoint, or model.architecture to train from random weights"
+            )
+        return cfg.model.architecture
+    if cfg.model.architecture is not None:
+        raise ConfigError(
+            "model.architecture is read from model.restore_from_path; set only one of them"
+        )
+    if is_checkpoint(folder):
+        return architecture_of(folder)
+    if (folder / "config.json").is_file():
+        return read_architecture(folder)
+    raise ConfigError(
+        f"model.restore_from_path={folder}: expected a Hugging Face folder (config.json and "
+        "safetensors) or a checkpoint folder (checkpoint.json)"
+    )
+
+
+def _tokenizer_folder(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    return str(folder / "tokenizer" if is_checkpoint(folder) else folder)
+
+
+def weights_source(start: Start, seed: int) -> TensorSource:
+    """Where the first weights are read from."""
+    if start.folder is None:
+        return RandomSource(start.arch, seed)
+    if is_checkpoint(start.folder):
+        return weights_of(start.folder)
+    return HuggingFaceSource(start.folder, start.arch)
+
+
+def build_policy(cfg: RunConfig, start: Start) -> tuple[Policy, Layout]:
+    """Join the process group and build this rank's part of the model. Collective."""
+    platform = select_platform(cfg.trainer.accelerator)
+    layout = parallel.initialize(cfg, platform)
+    policy = Policy(start.arch, cfg.model, cfg.trainer.precision, platform, layout)
+    fill_policy(policy, weights_source(start, cfg.seed))
+    if start.folder is not None and is_checkpoint(start.folder):
+        policy.weight_version = int(read_manifest(start.folder)["weight_version"])
+    return policy, layout

@@ -1,0 +1,178 @@
+"""A run's folder: stages done, their records, and the settings they were made with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
+from nemo_selfpref.errors import CheckpointError, ConfigError
+from nemo_selfpref.types import Completion, FinishReason, PreferencePair, WeightSet
+
+_FREE_ON_RESUME = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "exp_manager",
+    "export",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.sequence_parallel",
+    "model.micro_batch_size",
+    "model.logprob_chunk_size",
+    "rollout.batch_size",
+)
+"""Settings that change how a run computes but not what; a resumed run may change them."""
+
+
+class RunFolder:
+    """RUN/ on disk.
+
+    config.yaml   the resolved settings
+    stages/       one folder a stage, `done.json` when it is complete
+    checkpoint/   final weights; hf/ their Hugging Face form; summary.json the closing table
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._count = 0
+
+    def open(self, cfg: DictConfig, resume: bool, is_main: bool) -> None:
+        """Create the folder, or continue in it.
+
+        Raises:
+            ConfigError: it exists and may not be continued, or was made with other settings.
+        """
+        saved = self.path / "config.yaml"
+        if saved.exists():
+            if not resume:
+                raise ConfigError(
+                    f"{self.path} exists already. Choose another `name`, or continue that run with "
+                    "exp_manager.resume_if_exists=true."
+                )
+            _check_same(saved, cfg)
+        elif is_main:
+            write_text(saved, OmegaConf.to_yaml(cfg))
+
+    def stage(self, name: str) -> Path:
+        """Folder of the next stage, numbered in order of first use."""
+        self._count += 1
+        return self.path / "stages" / f"{self._count:02d}-{name}"
+
+
+def _check_same(saved: Path, cfg: DictConfig) -> None:
+    old = _comparable(OmegaConf.create(saved.read_text(encoding="utf-8")))
+    new = _comparable(cfg)
+    if old == new:
+        return
+    changed = [
+        line
+        for line in difflib.unified_diff(old, new, lineterm="", n=0)
+        if line[:1] in "+-" and not line.startswith(("+++", "---"))
+    ]
+    raise ConfigError(
+        f"{saved.parent} was made with other settings:\n  "
+        + "\n  ".join(changed)
+        + "\nGive the run another `name`, or go back to the old settings."
+    )
+
+
+def _comparable(cfg: Any) -> list[str]:
+    """The settings that decide a run's result, one `key: value` a line."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), value)
+        else:
+            flat[prefix] = node
+
+    walk("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    free = tuple(f"{name}." for name in _FREE_ON_RESUME)
+    return [
+        f"{key}: {value}"
+        for key, value in sorted(flat.items())
+        if key not in _FREE_ON_RESUME and not key.startswith(free)
+    ]
+
+
+def is_done(stage: Path) -> bool:
+    return (stage / "done.json").is_file()
+
+
+def mark_done(stage: Path, facts: Mapping[str, Any]) -> None:
+    write_json(stage / "done.json", dict(facts))
+
+
+def done_facts(stage: Path) -> dict[str, Any]:
+    return read_json(stage / "done.json")
+
+
+def write_completions(path: Path, completions: Sequence[Completion]) -> None:
+    """Completions as Parquet, atomically."""
+    rows = []
+    for completion in completions:
+        row = asdict(completion)
+        row["finish_reason"] = completion.finish_reason.value
+        row["weight_set"] = completion.weight_set.value
+        rows.append(row)
+    _write_table(path, rows)
+
+
+def read_completions(path: Path) -> list[Completion]:
+    return [
+        Completion(
+            id=row["id"],
+            token_ids=tuple(row["token_ids"]),
+            logprobs=tuple(row["logprobs"]),
+            finish_reason=FinishReason(row["finish_reason"]),
+            weight_set=WeightSet(row["weight_set"]),
+            weight_version=row["weight_version"],
+        )
+        for row in _read_table(path)
+    ]
+
+
+def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
+    """Pairs with their provenance as Parquet, atomically."""
+    import json
+
+    _write_table(
+        path,
+        [
+            {**asdict(p), "provenance": json.dumps(dict(p.provenance), sort_keys=True)}
+            for p in pairs
+        ],
+    )
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.Table.from_pylist(rows), temporary)
+    with open(temporary, "rb+") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,102 @@
+"""`selfpref train`: configuration in, trained policy and Hugging Face folder out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_selfpref.algorithms.base import Algorithm, algorithms
+from nemo_selfpref.checkpoint.files import write_json
+from nemo_selfpref.config.checks import check_config
+from nemo_selfpref.config.loader import to_typed
+from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.errors import ConfigError
+from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left behind."""
+
+    folder: Path
+    checkpoint: Path
+    hf: Path | None
+
+
+def pick_algorithm(cfg: RunConfig) -> Algorithm:
+    """The configured algorithm, its settings checked.
+
+    Raises:
+        ConfigError: unknown name or contradictory settings.
+    """
+    known = algorithms()
+    if cfg.algorithm.name not in known:
+        raise ConfigError(
+            f"algorithm.name={cfg.algorithm.name!r}: expected one of {', '.join(known)}"
+        )
+    algorithm = known[cfg.algorithm.name](cfg.algorithm)
+    algorithm.check(cfg)
+    return algorithm
+
+
+def check_before_work(cfg: DictConfig) -> RunConfig:
+    """Everything that can be refused without a model: settings, data paths, folders."""
+    typed = to_typed(cfg)
+    check_config(typed)
+    pick_algorithm(typed)
+    for path in typed.data.train_path:
+        if not Path(path).exists():
+            raise ConfigError(f"data.train_path: {path} does not exist")
+    return typed
+
+
+def train(cfg: DictConfig) -> Outcome:
+    """Run the configured algorithm on this rank. Collective over all ranks of the run."""
+    typed = check_before_work(cfg)
+    from nemo_selfpref.training.session import build_policy, find_start
+
+    start = find_start(typed)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    console = Console(enabled=is_main, bars=typed.trainer.enable_progress_bar)
+    from nemo_selfpref.models.nemo_adapter import quiet
+    from nemo_selfpref.training.run import Run, RunFolder
+
+    quiet()
+    policy, layout = build_policy(typed, start)
+    console.say(
+        f"{typed.algorithm.name} on {policy.platform.device().type}, {layout.describe()}, "
+        f"{sum(p.numel() for p in policy.module.parameters()):,} weights a rank"
+    )
+    folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
+    folder.open(cfg, typed.exp_manager.resume_if_exists, layout.is_main)
+    run = Run(cfg, policy, start.tokenizer, folder, console)
+    pick_algorithm(typed).run(run)
+    checkpoint = run.save_final()
+    hf = _export(typed, run, checkpoint)
+    if layout.is_main:
+        write_json(folder.path / "summary.json", run.summary)
+        title = f"{typed.algorithm.name}: {typed.name}"
+        console.table(title, SUMMARY_COLUMNS, summary_rows(run.summary))
+        console.say(f"checkpoint  {checkpoint}")
+        console.say(f"HF export   {hf or 'off (export.hf=false)'}")
+        console.say(f"log         {folder.path / 'stages'} (metrics.jsonl, TensorBoard logs)")
+    return Outcome(folder.path, checkpoint, hf)
+
+
+def _export(cfg: RunConfig, run: object, checkpoint: Path) -> Path | None:
+    from nemo_selfpref.checkpoint.export import export_checkpoint
+    from nemo_selfpref.checkpoint.verify import verify_export
+    from nemo_selfpref.megatron.parallel import barrier
+
+    if not cfg.export.hf:
+        return None
+    target = checkpoint.parent / "hf"
+    if int(os.environ.get("RANK", "0")) == 0:
+        export_checkpoint(checkpoint, target)
+    barrier()
+    if cfg.export.verify:
+        verify_export(run.policy, run.tokenizer, target)  # type: ignore[attr-defined]
+    return target
