@@ -56,7 +56,9 @@ def _train_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _generate_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     generate = commands.add_parser("generate", help="answer prompts with a trained model")
     generate.add_argument("--model", required=True, type=Path, help="checkpoint or HF folder")
-    generate.add_argument("--prompts", required=True, type=Path, help=".jsonl, .json, .parquet, .txt")
+    generate.add_argument(
+        "--prompts", required=True, type=Path, help=".jsonl, .json, .parquet, .txt"
+    )
     generate.add_argument("--out", type=Path, help="JSONL file; by default the terminal")
     generate.add_argument("--max-new-tokens", type=int, default=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

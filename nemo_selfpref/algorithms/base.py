@@ -70,7 +70,9 @@ class RunContext(Protocol):
         """Perplexity of each response given its prompt, under the current policy."""
         ...
 
-    def ask(self, name: str, teacher: Teacher, requests: Sequence[TeacherRequest]) -> dict[str, str]:
+    def ask(
+        self, name: str, teacher: Teacher, requests: Sequence[TeacherRequest]
+    ) -> dict[str, str]:
         """Answers of an external model, by request id."""
         ...
 

@@ -72,9 +72,7 @@ def improver_rows(
                 report.drop("perplexity_outlier", row.source)
                 continue
             name = f"{row.id}/{kind}"
-            kept.append(
-                Demonstration(name, row.messages, prompt, response, target, row.source)
-            )
+            kept.append(Demonstration(name, row.messages, prompt, response, target, row.source))
             report.kept += 1
         run.note(f"targets ({kind})", report)
     return kept

@@ -80,15 +80,11 @@ def _write_file(folder: Path, number: int, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def _name_files(
-    folder: Path, written: list[Path], weight_map: dict[str, int], total: int
-) -> None:
+def _name_files(folder: Path, written: list[Path], weight_map: dict[str, int], total: int) -> None:
     if len(written) == 1:
         written[0].rename(folder / "model.safetensors")
         return
-    names = [
-        f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))
-    ]
+    names = [f"model-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))]
     for path, name in zip(written, names, strict=True):
         path.rename(folder / name)
     index = {

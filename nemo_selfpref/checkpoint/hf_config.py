@@ -31,7 +31,9 @@ def read_architecture(folder: Path) -> ArchitectureConfig:
         ("pretraining_tp", 1),
     ):
         if config.get(name, expected) != expected:
-            raise CheckpointError(f"{where}: {name}={config[name]!r}; only {expected!r} is supported")
+            raise CheckpointError(
+                f"{where}: {name}={config[name]!r}; only {expected!r} is supported"
+            )
     heads = _required(config, "num_attention_heads", where)
     hidden = _required(config, "hidden_size", where)
     theta, scaling = _rope(config, where)

@@ -70,7 +70,9 @@ def to_megatron(key: str, fetch: Fetch, arch: ArchitectureConfig) -> Tensor:
     if name in _PLAIN_IN_LAYER:
         return fetch(prefix + _PLAIN_IN_LAYER[name])
     if name == _FC1:
-        return torch.cat([fetch(prefix + "mlp.gate_proj.weight"), fetch(prefix + "mlp.up_proj.weight")])
+        return torch.cat(
+            [fetch(prefix + "mlp.gate_proj.weight"), fetch(prefix + "mlp.up_proj.weight")]
+        )
     assert name == _QKV, key
     groups, dim = arch.num_query_groups, arch.kv_channels
     per_group = arch.num_attention_heads // groups
@@ -81,7 +83,9 @@ def to_megatron(key: str, fetch: Fetch, arch: ArchitectureConfig) -> Tensor:
     return torch.cat(parts, dim=1).reshape(-1, arch.hidden_size)
 
 
-def to_huggingface(key: str, tensor: Tensor, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:
+def to_huggingface(
+    key: str, tensor: Tensor, arch: ArchitectureConfig
+) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that one Megatron tensor holds."""
     if key in _PLAIN:
         yield _PLAIN[key], tensor

@@ -136,7 +136,11 @@ class ShardReader:
                 slice(low - o, high - o) for (low, high), o in zip(overlap, offset, strict=True)
             )
             with safe_open(self.folder / entry["file"], framework="pt") as handle:
-                part = handle.get_slice(entry["name"])[source] if source else handle.get_tensor(entry["name"])
+                part = (
+                    handle.get_slice(entry["name"])[source]
+                    if source
+                    else handle.get_tensor(entry["name"])
+                )
             out[target] = part
             covered += part.numel()
         self._check_cover(key, covered, offset, shape, entries[0]["global_shape"])

@@ -1,10 +1,10 @@
 """Checkpoints of ours: a folder of safetensors and JSON, readable under any parallel layout.
 
-    checkpoint.json   format, architecture, weight version
-    weights/          global tensors in shards, one file a rank
-    tokenizer/        a Hugging Face tokenizer folder (weights checkpoints)
-    optimizer/        the same for the optimizer (checkpoints within a stage)
-    lightning.json    loop counters and learning-rate schedule (likewise)
+checkpoint.json   format, architecture, weight version
+weights/          global tensors in shards, one file a rank
+tokenizer/        a Hugging Face tokenizer folder (weights checkpoints)
+optimizer/        the same for the optimizer (checkpoints within a stage)
+lightning.json    loop counters and learning-rate schedule (likewise)
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from nemo_selfpref.megatron.policy import Policy
 FORMAT = "nemo_selfpref"
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
-_KEPT_FROM_LIGHTNING = ("epoch", "global_step", "pytorch-lightning_version", "loops", "lr_schedulers")
+_KEPT_FROM_LIGHTNING = (
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "loops",
+    "lr_schedulers",
+)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -58,7 +64,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def architecture_of(folder: Path) -> ArchitectureConfig:
     fields = dict(read_manifest(folder)["architecture"])
-    return ArchitectureConfig(**{**fields, "rope_scaling": RopeScalingConfig(**fields["rope_scaling"])})
+    return ArchitectureConfig(
+        **{**fields, "rope_scaling": RopeScalingConfig(**fields["rope_scaling"])}
+    )
 
 
 def weights_of(folder: Path) -> ShardReader:
@@ -140,7 +148,9 @@ def load_weights(folder: Path, policy: Policy) -> None:
     saved = asdict(architecture_of(folder))
     own = asdict(policy.arch)
     if saved != own:
-        differ = ", ".join(f"{k}: {saved[k]} there, {own[k]} here" for k in own if saved[k] != own[k])
+        differ = ", ".join(
+            f"{k}: {saved[k]} there, {own[k]} here" for k in own if saved[k] != own[k]
+        )
         raise CheckpointError(f"{folder} is of another architecture ({differ})")
     fill_policy(policy, weights_of(folder))
     policy.weight_version = int(read_manifest(folder)["weight_version"])

@@ -63,7 +63,9 @@ def policy_logits(policy: Policy, prompts: Sequence[TokenIds]) -> Tensor | None:
 def hf_logits(folder: Path, prompts: Sequence[TokenIds]) -> Tensor:
     """The same from a Hugging Face folder."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, dtype="auto"
     ).eval()

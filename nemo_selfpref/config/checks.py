@@ -95,9 +95,7 @@ def _lengths(cfg: RunConfig) -> Iterator[str]:
 
 def _rollout(cfg: RunConfig) -> Iterator[str]:
     r = cfg.rollout
-    yield from _positive(
-        rollout__max_new_tokens=r.max_new_tokens, rollout__batch_size=r.batch_size
-    )
+    yield from _positive(rollout__max_new_tokens=r.max_new_tokens, rollout__batch_size=r.batch_size)
     if r.temperature < 0:
         yield f"rollout.temperature={r.temperature}: expected 0 (greedy) or more"
     if not 0 < r.top_p <= 1:

@@ -57,7 +57,7 @@ def load_config(
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
-    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not _optional(cfg, key))
+    missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(
             "no value for " + ", ".join(missing) + ". Give one: " + f"{missing[0]}=..."
@@ -74,17 +74,14 @@ def _check_name(config_name: str, folder: Path) -> None:
         )
 
 
-def _optional(cfg: DictConfig, key: str) -> bool:
-    """Fields of an algorithm's own nested settings may stay open; its check decides."""
-    return key.startswith("algorithm.") and key.count(".") > 1
-
-
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's and OmegaConf's messages in our words: the key, what it got, what is possible."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    text = " ".join(str(chain[-1] if isinstance(chain[-1], OmegaConfBaseException) else error).split("\n"))
+    text = " ".join(
+        str(chain[-1] if isinstance(chain[-1], OmegaConfBaseException) else error).split("\n")
+    )
     text = re.sub(r"\s+(object_type|reference_type)=\S+", "", text).strip()
     known = list(_known_keys(RunConfig))
     found = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
@@ -93,7 +90,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if found:
         full = re.search(r"full_key: (\S+)", text)
         key = full.group(1) if full else found.group(1)
-        return f"unknown setting {key!r}." + _did_you_mean(key, known) + _from_override(key, overrides)
+        return (
+            f"unknown setting {key!r}." + _did_you_mean(key, known) + _from_override(key, overrides)
+        )
     full = re.search(r"full_key: (\S+)", text)
     if full:
         text = text.replace(f"full_key: {full.group(1)}", "").strip()

@@ -105,15 +105,16 @@ class RopeScalingConfig:
 @dataclass
 class ArchitectureConfig:
     """Shape of a Llama-family model, in Megatron's words. Read from the Hugging Face folder or the
-    checkpoint when one is given; written out only to train a model from random weights."""
+    checkpoint when one is given; written out (num_layers and the rest all positive) only to train a
+    model from random weights."""
 
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_hidden_size: int = MISSING
-    num_attention_heads: int = MISSING
-    num_query_groups: int = MISSING
-    kv_channels: int = MISSING
-    vocab_size: int = MISSING
+    num_layers: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int = 0
+    num_attention_heads: int = 0
+    num_query_groups: int = 0
+    kv_channels: int = 0
+    vocab_size: int = 0
     max_position_embeddings: int = 2048
     rotary_base: float = 10000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
@@ -156,7 +157,7 @@ class ModelConfig:
     restore_from_path: str | None = None
     """A Hugging Face folder or a checkpoint of ours. Null starts from random weights of the shape
     in `architecture`."""
-    architecture: ArchitectureConfig | None = None
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1

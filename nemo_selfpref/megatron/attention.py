@@ -70,7 +70,9 @@ class PackedAttention(PackedSeqParams):
         self.qkv_format = "sbhd"
 
 
-def packed_attention(lengths: tuple[int, ...], device: torch.device, **cache: Any) -> PackedAttention:
+def packed_attention(
+    lengths: tuple[int, ...], device: torch.device, **cache: Any
+) -> PackedAttention:
     """Causal attention within each of the sequences laid end to end."""
     starts = [0]
     for length in lengths:

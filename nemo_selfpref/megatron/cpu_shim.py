@@ -64,7 +64,10 @@ def _current_device() -> torch.device:
 
 
 PATCHES: dict[str, tuple[Callable[..., Any], str]] = {
-    "torch.cuda.current_device": (_current_device, "tensor_parallel/layers.py, p2p_communication.py"),
+    "torch.cuda.current_device": (
+        _current_device,
+        "tensor_parallel/layers.py, p2p_communication.py",
+    ),
     "torch.cuda.synchronize": (_nothing, "p2p_communication.py"),
     "torch.cuda.nvtx.range_push": (_nothing, "utils.py: nvtx_range_push"),
     "torch.cuda.nvtx.range_pop": (_nothing, "utils.py: nvtx_range_pop"),

@@ -89,7 +89,11 @@ class KVDecoder:
         if not here.is_first_stage:
             config = module.config
             hidden = torch.empty(
-                tokens.numel(), 1, config.hidden_size, dtype=config.params_dtype, device=tokens.device
+                tokens.numel(),
+                1,
+                config.hidden_size,
+                dtype=config.params_dtype,
+                device=tokens.device,
             )
             dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
             module.set_input_tensor(hidden)  # type: ignore[arg-type]

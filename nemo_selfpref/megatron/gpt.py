@@ -21,7 +21,12 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_selfpref.config.schema import ArchitectureConfig, ModelConfig, Precision, RopeScalingConfig
+from nemo_selfpref.config.schema import (
+    ArchitectureConfig,
+    ModelConfig,
+    Precision,
+    RopeScalingConfig,
+)
 from nemo_selfpref.megatron.attention import PackedAttention, PackedCoreAttention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.parallel import Layout

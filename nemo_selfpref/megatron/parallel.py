@@ -128,6 +128,12 @@ def all_gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) 
     return [json.loads(text) for text in texts]
 
 
+def world_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "the process group has not been joined"
+    return group
+
+
 def barrier() -> None:
     if dist.get_world_size() > 1:
         dist.barrier()

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -227,7 +226,9 @@ class Policy:
             if progress is not None:
                 progress(len(numbers) * self.layout.data_size)
         device = self.platform.device()
-        last = all_gather_json(found, parallel_state.get_pipeline_model_parallel_group(), device)[-1]
+        last = all_gather_json(found, parallel_state.get_pipeline_model_parallel_group(), device)[
+            -1
+        ]
         for part in all_gather_json(last, parallel_state.get_data_parallel_group(), device):
             found.update(part)
         values = [found[str(n)] for n in range(len(sequences))]
@@ -283,9 +284,3 @@ def _by_tokens(sequences: Sequence[TokenSequence], order: Sequence[int]) -> Iter
         used += size
     if batch:
         yield batch
-
-
-def world_group() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group

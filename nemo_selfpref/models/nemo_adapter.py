@@ -11,6 +11,9 @@ import warnings
 warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|nemo|lightning)\..*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|nemo)\..*")
 
+# NeMo's telemetry finds no exporter, sends nothing, and says so at length.
+std_logging.getLogger("nv_one_logger").setLevel(std_logging.ERROR)
+
 from nemo.core import ModelPT  # noqa: E402
 from nemo.utils import logging  # noqa: E402
 from nemo.utils.exp_manager import exp_manager  # noqa: E402
@@ -20,6 +23,6 @@ __all__ = ["ModelPT", "exp_manager", "logging", "quiet"]
 
 def quiet() -> None:
     """Keep NeMo's and Lightning's chatter out of the terminal; their log files keep it."""
-    logging.setLevel(logging.WARNING)
+    logging.setLevel(logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "megatron"):
         std_logging.getLogger(name).setLevel(std_logging.WARNING)

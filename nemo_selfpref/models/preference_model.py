@@ -99,9 +99,14 @@ class MegatronGPTPreferenceModel(ModelPT):
         assert self.stage is not None
         optimizer = PolicyOptimizer(self.policy, self.stage.optim, self.stage.gradient_clip_val)
         scheduler = make_scheduler(optimizer, self.stage.optim, self.stage.plan.num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Micro-batches move to the device one at a time, inside the schedule."""
         return batch
 

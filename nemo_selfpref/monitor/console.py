@@ -30,11 +30,12 @@ class Console:
 
     def __init__(self, enabled: bool = True, bars: bool = True) -> None:
         self.enabled, self.bars = enabled, bars
-        self._rich = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        width = None if sys.stdout.isatty() else 120
+        self._rich = RichConsole(file=sys.stdout, highlight=False, width=width)
 
     def say(self, text: str) -> None:
         if self.enabled:
-            self._rich.print(text, markup=False)
+            self._rich.print(text, markup=False, soft_wrap=True)
 
     def rows(self, what: str, report: DropReport) -> None:
         """How many rows there are, and why others are not."""
@@ -113,7 +114,12 @@ def summary_rows(summary: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
                 facts["stage"],
                 facts.get("kept", facts.get("rows", facts.get("answers", ""))),
                 ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items())),
-                int(facts.get("generated_tokens", facts.get("tokens", facts.get("completion_tokens", 0)))) or "",
+                int(
+                    facts.get(
+                        "generated_tokens", facts.get("tokens", facts.get("completion_tokens", 0))
+                    )
+                )
+                or "",
                 facts.get("steps", ""),
                 round(facts["loss"], 4) if "loss" in facts else "",
                 round(facts["seconds"], 1) if "seconds" in facts else "",

@@ -38,7 +38,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, num_tokens, chunk_size):
             part = slice(start, start + chunk_size)
             logits = _float32_matmul(hidden[part], weight.t())
-            peak = logits.amax(-1) if weight.shape[0] else logits.new_full((logits.shape[0],), -1e30)
+            peak = (
+                logits.amax(-1) if weight.shape[0] else logits.new_full((logits.shape[0],), -1e30)
+            )
             _all_reduce(peak, dist.ReduceOp.MAX, group)
             total = (logits - peak[:, None]).exp_().sum(-1)
             local, mask = _local_targets(targets[part], vocab_start, weight.shape[0])
@@ -58,7 +60,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            grad_logits = (_float32_matmul(hidden[part], weight.t()) - lse[part, None]).exp_().neg_()
+            grad_logits = (
+                (_float32_matmul(hidden[part], weight.t()) - lse[part, None]).exp_().neg_()
+            )
             local, mask = _local_targets(targets[part], ctx.vocab_start, weight.shape[0])
             if weight.shape[0]:
                 grad_logits.scatter_add_(1, local[:, None], mask[:, None].float())

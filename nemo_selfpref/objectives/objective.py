@@ -95,7 +95,9 @@ class SFTObjective(Objective):
 
     def __call__(self, logps: Mapping[Pass, PairLogps]) -> Loss:
         policy = logps[Pass.POLICY]
-        return Loss(-policy.chosen, policy.chosen_len, {"lengths/chosen": policy.chosen_len.float()})
+        return Loss(
+            -policy.chosen, policy.chosen_len, {"lengths/chosen": policy.chosen_len.float()}
+        )
 
 
 @dataclass(frozen=True)

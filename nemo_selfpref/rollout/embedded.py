@@ -149,9 +149,7 @@ class EmbeddedEngine:
                 sequence.token_ids.append(token)
                 sequence.finished = token in self.stop_ids
 
-    def _compact(
-        self, active: list[_Running], tokens: Tensor
-    ) -> tuple[list[_Running], Tensor]:
+    def _compact(self, active: list[_Running], tokens: Tensor) -> tuple[list[_Running], Tensor]:
         running = [i for i, s in enumerate(active) if not s.finished]
         if len(running) > _COMPACT_BELOW * len(active):
             return active, tokens

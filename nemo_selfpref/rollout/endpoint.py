@@ -23,7 +23,6 @@ from typing import Any
 
 import httpx
 import tenacity
-from omegaconf import MISSING
 
 from nemo_selfpref.errors import ConfigError, RolloutError
 from nemo_selfpref.rollout.answer_cache import AnswerCache, clean
@@ -54,9 +53,9 @@ class TeacherCost:
 
 @dataclass
 class EndpointConfig:
-    base_url: str = MISSING
+    base_url: str = ""
     """Up to the version, as in https://api.openai.com/v1."""
-    model: str = MISSING
+    model: str = ""
     api_key_env: str | None = None
     """Name of the environment variable that holds the API key; null sends no key."""
     temperature: float = 0.7
@@ -277,8 +276,8 @@ def _count_in(usage: Any, name: str) -> int:
 def _checked_url(config: EndpointConfig) -> httpx.URL:
     c = config
     rules = {
-        "base_url": (c.base_url != MISSING, "a URL, as in https://host/v1"),
-        "model": (bool(c.model) and c.model != MISSING, "a name"),
+        "base_url": (bool(c.base_url), "a URL, as in https://host/v1"),
+        "model": (bool(c.model), "a name"),
         "temperature": (0 <= c.temperature < math.inf, "0 or more"),
         "top_p": (0 < c.top_p <= 1, "above 0 and at most 1"),
         "max_tokens": (c.max_tokens >= 1, "1 or more"),

@@ -38,7 +38,7 @@ def make_teacher(config: TargetsConfig) -> Teacher:
             )
         return FileTeacher(config.path)
     for name in ("base_url", "model"):
-        if getattr(config.endpoint, name) in (None, "???"):
+        if not getattr(config.endpoint, name):
             raise ConfigError(
                 f"algorithm.targets.endpoint.{name} is not set: give the OpenAI-compatible endpoint "
                 "that writes the target answers, or use algorithm.targets.source=file"

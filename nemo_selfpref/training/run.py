@@ -102,9 +102,7 @@ class Run:
         return self.tokenizer.encode_prompt([*system, {"role": "user", "content": text}])
 
     def note(self, stage: str, report: DropReport) -> None:
-        self.summary.append(
-            {"stage": stage, "kept": report.kept, "dropped": dict(report.dropped)}
-        )
+        self.summary.append({"stage": stage, "kept": report.kept, "dropped": dict(report.dropped)})
         self.console.rows(stage, report)
 
     # -- rollouts -----------------------------------------------------------------------------
@@ -265,9 +263,7 @@ class Run:
             reference=reference,
         )
 
-    def _reference(
-        self, name: str, stage: Path, pairs: Sequence[PreferencePair]
-    ) -> ReferenceLogps:
+    def _reference(self, name: str, stage: Path, pairs: Sequence[PreferencePair]) -> ReferenceLogps:
         """Log-probs of every pair under the weights the stage starts from, computed once."""
         path = stage / "reference.safetensors"
         if not path.exists():

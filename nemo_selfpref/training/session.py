@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nemo_selfpref.checkpoint.hf_config import read_architecture
@@ -54,14 +54,11 @@ def find_start(cfg: RunConfig) -> Start:
 
 
 def _architecture(cfg: RunConfig, folder: Path | None) -> ArchitectureConfig:
+    own = cfg.model.architecture
     if folder is None:
-        if cfg.model.architecture is None:
-            raise ConfigError(
-                "nothing to start from: set model.restore_from_path to a Hugging Face folder or a "
-                "checkpoint, or model.architecture to train from random weights"
-            )
-        return cfg.model.architecture
-    if cfg.model.architecture is not None:
+        _check_given(own)
+        return own
+    if own != ArchitectureConfig():
         raise ConfigError(
             "model.architecture is read from model.restore_from_path; set only one of them"
         )
@@ -73,6 +70,21 @@ def _architecture(cfg: RunConfig, folder: Path | None) -> ArchitectureConfig:
         f"model.restore_from_path={folder}: expected a Hugging Face folder (config.json and "
         "safetensors) or a checkpoint folder (checkpoint.json)"
     )
+
+
+def _check_given(arch: ArchitectureConfig) -> None:
+    if arch == ArchitectureConfig():
+        raise ConfigError(
+            "nothing to start from: set model.restore_from_path to a Hugging Face folder or a "
+            "checkpoint, or model.architecture to train from random weights"
+        )
+    sizes = {f.name: getattr(arch, f.name) for f in fields(arch) if f.type == "int"}
+    wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
+    if wrong:
+        raise ConfigError(
+            f"model.architecture: {', '.join(wrong)}; every size of a model trained from random "
+            "weights must be given and positive"
+        )
 
 
 def _tokenizer_folder(folder: Path | None) -> str | None:

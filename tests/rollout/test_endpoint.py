@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from chat_server import KEY, Endpoint, Reply, asks, chat, teacher
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.rollout.endpoint import EndpointConfig, EndpointTeacher
@@ -151,7 +151,7 @@ def test_settings_out_of_range(endpoint: Endpoint, change: dict[str, Any]) -> No
 @pytest.mark.parametrize("name", ["base_url", "model"])
 def test_missing_settings_are_named(endpoint: Endpoint, name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is "):
-        teacher(endpoint, **{name: MISSING})
+        teacher(endpoint, **{name: ""})
 
 
 def test_config_without_values_is_a_structured_config() -> None:
