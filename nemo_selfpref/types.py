@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 Message = Mapping[str, str]
@@ -17,14 +17,14 @@ Message = Mapping[str, str]
 TokenIds = tuple[int, ...]
 
 
-class WeightSet(str, Enum):
+class WeightSet(StrEnum):
     """Which copy of the weights a rollout or a reference pass uses."""
 
     POLICY = "policy"
     FROZEN = "frozen"
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
 
@@ -103,12 +103,6 @@ class DropReport:
     def drop(self, reason: str, where: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples.setdefault(reason, where)
-
-    def merge(self, other: DropReport) -> None:
-        self.kept += other.kept
-        for reason, count in other.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
-            self.examples.setdefault(reason, other.examples.get(reason, ""))
 
     def summary(self) -> str:
         dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items()))

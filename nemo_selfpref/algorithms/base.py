@@ -106,7 +106,7 @@ class Algorithm(ABC):
     def run(self, run: RunContext) -> None:
         """The method, from data to trained policy."""
 
-    def check(self, cfg: RunConfig) -> None:
+    def check(self, cfg: RunConfig) -> None:  # noqa: B027 (most methods have nothing to check)
         """Raise ConfigError for settings that contradict each other."""
 
 

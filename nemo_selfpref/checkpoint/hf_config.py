@@ -22,7 +22,8 @@ def read_architecture(folder: Path) -> ArchitectureConfig:
     where = folder / "config.json"
     if config.get("model_type") != "llama":
         raise CheckpointError(
-            f"{where}: model_type is {config.get('model_type')!r}; the Llama family ('llama') is supported"
+            f"{where}: model_type is {config.get('model_type')!r}; "
+            "the Llama family ('llama') is supported"
         )
     for name, expected in (
         ("hidden_act", "silu"),

@@ -137,7 +137,8 @@ class HuggingFaceSource:
         tensor = to_megatron(key, self.fetch, self.arch)
         if tuple(tensor.shape) != self._shapes[key]:
             raise CheckpointError(
-                f"{self.folder}: {key} has shape {tuple(tensor.shape)}, config.json says {self._shapes[key]}"
+                f"{self.folder}: {key} has shape {tuple(tensor.shape)}, "
+                f"config.json says {self._shapes[key]}"
             )
         return read_part(tensor, offset, shape)
 

@@ -13,12 +13,21 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.files import read_json, sha256_of, write_json
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 
 INDEX = "index.json"
 COMMON = "common.json"
@@ -168,17 +177,13 @@ def save_state(folder: Path, state: dict[str, Any], device: torch.device) -> Non
 
     Collective: every rank calls it. `state` is consumed, as megatron-core's own save does.
     """
-    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-
-    from nemo_selfpref.megatron.parallel import all_gather_json
-
     sharded, common = save_preprocess(state)
     writer = ShardWriter(folder, dist.get_rank())
     for tensor in _sharded_tensors(sharded):
         if _is_main_replica(tensor.replica_id):
             data = tensor.data.reshape((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
             writer.add(tensor.key, data, tensor.global_offset, tensor.global_shape)
-    shares = all_gather_json(writer.write(), dist.group.WORLD, device)
+    shares = all_gather_json(writer.write(), world_group(), device)
     if dist.get_rank() == 0:
         write_index(folder, shares)
         write_json(folder / COMMON, _encode(common))
@@ -217,13 +222,9 @@ def load_state(
 ) -> dict[str, Any]:
     """Fill a sharded state dict from `source`, as megatron-core's own load does; what is not a
     tensor comes from `common`. Returns plain tensors under the same keys."""
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
-    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-    from megatron.core.dist_checkpointing.utils import extract_sharded_base
-
     result: dict[str, Any] = dict(common or {})
     sharded, local, factories = load_preprocess(state)
+    assert isinstance(factories, dict)
     merge(result, local)
     sharded, _ = extract_sharded_base(sharded)
 
@@ -239,8 +240,6 @@ def load_state(
 
 
 def _sharded_tensors(state: Any) -> Iterator[Any]:
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-
     if isinstance(state, ShardedTensor):
         yield state
     elif isinstance(state, ShardedObject):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
@@ -62,9 +64,6 @@ def policy_logits(policy: Policy, prompts: Sequence[TokenIds]) -> Tensor | None:
 @torch.no_grad()
 def hf_logits(folder: Path, prompts: Sequence[TokenIds]) -> Tensor:
     """The same from a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, dtype="auto"

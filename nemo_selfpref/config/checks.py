@@ -52,9 +52,10 @@ def _parallel(cfg: RunConfig) -> Iterator[str]:
     )
     if tensor > 0 and pipeline > 0 and world % (tensor * pipeline):
         yield (
-            f"{world} processes (trainer.devices x trainer.num_nodes) cannot be split into replicas "
-            f"of model.tensor_model_parallel_size={tensor} x model.pipeline_model_parallel_size="
-            f"{pipeline} = {tensor * pipeline}. Set trainer.devices to a multiple of that."
+            f"{world} processes (trainer.devices x trainer.num_nodes) cannot be split into "
+            f"replicas of model.tensor_model_parallel_size={tensor} x "
+            f"model.pipeline_model_parallel_size={pipeline} = {tensor * pipeline}. "
+            "Set trainer.devices to a multiple of that."
         )
     if m.sequence_parallel and tensor == 1:
         yield (

@@ -26,7 +26,7 @@ def register_schemas(algorithm_configs: dict[str, type[AlgorithmConfig]]) -> Non
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     for name, schema in algorithm_configs.items():
-        store.store(group="algorithm", name=f"{name}_schema", node=schema)
+        store.store(group="algorithm", name=name, node=schema)
 
 
 def load_config(
@@ -55,14 +55,22 @@ def load_config(
         with initialize_config_dir(str(folder), version_base="1.3"):
             cfg = compose(config_name, overrides=[*extra, *overrides])
         OmegaConf.resolve(cfg)
+        _refuse_additions(cfg, algorithm_configs)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        raise ConfigError(_explain(error, overrides, algorithm_configs)) from error
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(
             "no value for " + ", ".join(missing) + ". Give one: " + f"{missing[0]}=..."
         )
     return cfg
+
+
+def _refuse_additions(cfg: DictConfig, algorithm_configs: dict[str, type[AlgorithmConfig]]) -> None:
+    """Hydra's `+key=value` may add what the schema does not have; merging into it tells."""
+    schema = OmegaConf.structured(RunConfig)
+    schema.algorithm = algorithm_configs[cfg.algorithm.name]
+    OmegaConf.merge(schema, OmegaConf.to_container(cfg))
 
 
 def _check_name(config_name: str, folder: Path) -> None:
@@ -74,7 +82,11 @@ def _check_name(config_name: str, folder: Path) -> None:
         )
 
 
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
+def _explain(
+    error: Exception,
+    overrides: Sequence[str],
+    algorithm_configs: dict[str, type[AlgorithmConfig]],
+) -> str:
     """Hydra's and OmegaConf's messages in our words: the key, what it got, what is possible."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
@@ -84,6 +96,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     text = re.sub(r"\s+(object_type|reference_type)=\S+", "", text).strip()
     known = list(_known_keys(RunConfig))
+    for schema in algorithm_configs.values():
+        known.extend(_known_keys(schema, "algorithm."))
+    option = re.search(r"Could not find '(\S+?)/(\S+)'", text)
+    if option:
+        group, value = option.groups()
+        return f"{group}={value}: expected one of {', '.join(sorted(algorithm_configs))}"
     found = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
         r"Could not override '([^']+)'", text
     )
@@ -94,6 +112,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             f"unknown setting {key!r}." + _did_you_mean(key, known) + _from_override(key, overrides)
         )
     full = re.search(r"full_key: (\S+)", text)
+    if full and "is not a ListConfig" in text:
+        return f"{full.group(1)}: expected a list, as in {full.group(1)}=[one,two]"
     if full:
         text = text.replace(f"full_key: {full.group(1)}", "").strip()
         return f"{full.group(1)}: {text}"

@@ -59,8 +59,8 @@ class Skeleton:
 
     def control_after(self, index: int) -> str | None:
         """The first control token after the slot of message `index`."""
-        slots = [i for i, part in enumerate(self.parts) if isinstance(part, Slot)]
-        start = next((i for i in slots if self.parts[i].index == index), len(self.parts))
+        slots = ((i, part) for i, part in enumerate(self.parts) if isinstance(part, Slot))
+        start = next((i for i, slot in slots if slot.index == index), len(self.parts))
         return next(iter(controls_in(self.parts[start:])), None)
 
 

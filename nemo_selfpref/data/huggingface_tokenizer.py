@@ -74,13 +74,14 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
     def _find_ends(self, folder: Path) -> None:
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         turn = None if self._end_of_turn is None else self._vocabulary[self._end_of_turn]
-        if eos is None and turn is None:
+        end = turn if eos is None else eos
+        if end is None:
             raise DataError(
                 f"{folder}: the tokenizer cannot end an answer; got no eos_token and no special "
                 "token after an answer in the chat template; expected one; set eos_token in "
                 "tokenizer_config.json"
             )
-        self.eos_id = turn if eos is None else eos
+        self.eos_id = end
         self.end_of_turn_id = self.eos_id if turn is None else turn
         self.pad_id = self.eos_id if pad is None else pad
 

@@ -40,7 +40,7 @@ class PieceKind(IntEnum):
 def read_model(path: Path) -> Any:
     """The ModelProto in a .model file; DataError if the file holds none."""
     from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
     proto = ModelProto()
     try:

@@ -186,7 +186,7 @@ def _with_round_scores(serialized: bytes) -> bytes:
     # Sums of multiples of 1/64 are exact in float32 and float64 alike. Otherwise rounding would
     # decide between equally good cuts, such as 0|00 and 00|0, one way in sentencepiece and the
     # other way in the exported tokenizer.
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
     proto = ModelProto.FromString(serialized)
     for piece in proto.pieces:

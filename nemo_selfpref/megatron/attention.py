@@ -56,7 +56,7 @@ class PackedAttention(PackedSeqParams):
     """
 
     groups: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(gather [S, L] token of each cell, scatter [n] cell of each token in packed order) a group."""
+    """A group's (gather [S, L] token of each cell, scatter [n] cell of each token, in order)."""
     tokens_of_groups: Tensor | None = None
     """Packed position of each token, group after group; None where that is the identity."""
     cache: KVCache | None = None

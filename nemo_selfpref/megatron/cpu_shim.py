@@ -8,10 +8,12 @@ fails when megatron-core no longer does.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import megatron.core.tensor_parallel.random as megatron_random
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -91,8 +93,6 @@ def install() -> None:
     global _installed
     if _installed or torch.cuda.is_available():
         return
-    import megatron.core.tensor_parallel.random as megatron_random
-
     for path, (replacement, _) in PATCHES.items():
         owner, name = _resolve(path)
         setattr(owner, name, replacement)
@@ -103,8 +103,6 @@ def install() -> None:
 
 
 def _resolve(path: str) -> tuple[Any, str]:
-    import importlib
-
     parts = path.split(".")
     for split in range(len(parts) - 1, 0, -1):
         try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_selfpref.megatron.attention import KVCache, PackedAttention, packed_attention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import PackedGPTModel, padded_vocab_size
+from nemo_selfpref.megatron.parallel import pipeline_group, tensor_group
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.types import TokenIds
 
@@ -80,8 +81,8 @@ class KVDecoder:
         if tokens is None:
             tokens = torch.empty(count, dtype=torch.int64, device=self.policy.platform.device())
         if layout.pipeline_size > 1:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            dist.broadcast(tokens, parallel_state.get_pipeline_model_parallel_last_rank(), group)
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(tokens, last, pipeline_group())
         return tokens
 
     def _through_stages(self, tokens: Tensor, positions: Tensor, layout: PackedAttention) -> Tensor:
@@ -113,7 +114,7 @@ class KVDecoder:
         return self._gather_vocabulary(local)
 
     def _gather_vocabulary(self, local: Tensor) -> Tensor:
-        group = parallel_state.get_tensor_model_parallel_group()
+        group = tensor_group()
         vocab = self.policy.arch.vocab_size
         width = padded_vocab_size(vocab, group.size()) // group.size()
         padded = local.new_full((local.shape[0], width), float("-inf"))

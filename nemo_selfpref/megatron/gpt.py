@@ -7,7 +7,7 @@ that logits never exist for more tokens than are being scored.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -70,6 +70,7 @@ class PackedGPTModel(GPTModel):
             weight = self.shared_embedding_or_output_weight()
         else:
             weight = self.output_layer.weight
+        assert weight is not None, "only the last stage has an output projection"
         return weight[: self.valid_vocab]
 
     def full_sequence(self, hidden: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def build_model(
     with device_scope():
         module = PackedGPTModel(
             config,
-            _block_spec(config),
+            cast(ModuleSpec, _block_spec(config)),  # the block takes either, GPTModel passes it on
             vocab_size=rows,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=layout.is_first_stage,
@@ -209,8 +210,10 @@ def _mark_split_weights(module: torch.nn.Module) -> None:
 
 def _block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    submodules = cast(Any, layer.submodules)
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    submodules.self_attention.submodules.core_attention = PackedCoreAttention
     count = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    # Annotated as a module, used as a class.
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=cast(Any, RMSNorm))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -57,7 +57,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
         if closure is not None:
             closure()
         with device_scope():
-            _, grad_norm, _ = self.inner.step()
+            # (success, norm, zero gradients); the abstract method is annotated with nothing.
+            _, grad_norm, _ = cast(tuple[bool, float | None, int | None], self.inner.step())
         self.grad_norm = float(grad_norm or 0.0)
         self.policy.weight_version += 1
 

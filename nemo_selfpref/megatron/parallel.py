@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
@@ -52,8 +53,6 @@ def initialize(cfg: RunConfig, platform: Platform) -> Layout:
     Rank, world size and address come from the launcher's environment (torchrun, or srun through
     the launch scripts); without one this is a world of a single process.
     """
-    from megatron.core import parallel_state, tensor_parallel
-
     if platform.cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
@@ -73,7 +72,7 @@ def _join(platform: Platform) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(platform.backend, timeout=timeout)
         return
-    store = dist.HashStore()
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
@@ -87,24 +86,20 @@ def _check_world(cfg: RunConfig, world_size: int) -> None:
 
 
 def current_layout() -> Layout:
-    from megatron.core import parallel_state as ps
-
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        tensor_rank=ps.get_tensor_model_parallel_rank(),
-        tensor_size=ps.get_tensor_model_parallel_world_size(),
-        pipeline_rank=ps.get_pipeline_model_parallel_rank(),
-        pipeline_size=ps.get_pipeline_model_parallel_world_size(),
-        data_rank=ps.get_data_parallel_rank(),
-        data_size=ps.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
     )
 
 
 def shutdown() -> None:
     """Leave the process group; safe to call twice."""
-    from megatron.core import parallel_state
-
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -131,6 +126,26 @@ def all_gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) 
 def world_group() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None, "the process group has not been joined"
+    return group
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """The ranks that split the weights of this rank's layers."""
+    return _own(parallel_state.get_tensor_model_parallel_group())
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The stages of this model replica."""
+    return _own(parallel_state.get_pipeline_model_parallel_group())
+
+
+def replica_group() -> dist.ProcessGroup:
+    """The ranks that hold the same weights, one in each model replica."""
+    return _own(parallel_state.get_data_parallel_group())
+
+
+def _own(group: Any) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), "this rank is in no such group"
     return group
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -26,7 +25,13 @@ from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate
 from nemo_selfpref.megatron.attention import packed_attention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import PackedGPTModel, build_model
-from nemo_selfpref.megatron.parallel import Layout, all_gather_json
+from nemo_selfpref.megatron.parallel import (
+    Layout,
+    all_gather_json,
+    pipeline_group,
+    replica_group,
+    tensor_group,
+)
 from nemo_selfpref.megatron.platform import Platform
 from nemo_selfpref.objectives.logprobs import sum_by_sequence, token_logprobs
 from nemo_selfpref.objectives.objective import Objective, PairLogps, Pass
@@ -164,7 +169,7 @@ class Policy:
             batch.targets,
             vocab_start=self.module.vocab_start,
             chunk_size=self.config.logprob_chunk_size,
-            group=parallel_state.get_tensor_model_parallel_group(),
+            group=tensor_group(),
         )
 
     def pair_logps(self, hidden: Tensor, batch: PackedBatch) -> PairLogps:
@@ -204,10 +209,9 @@ class Policy:
 
     def _sum_over_replicas(self, mine: Mapping[str, float]) -> dict[str, float]:
         device = self.platform.device()
-        parts = all_gather_json(dict(mine), parallel_state.get_data_parallel_group(), device)
+        parts = all_gather_json(dict(mine), replica_group(), device)
         totals = {name: sum(part[name] for part in parts) for name in parts[0]}
-        group = parallel_state.get_pipeline_model_parallel_group()
-        return all_gather_json(totals, group, device)[-1]
+        return all_gather_json(totals, pipeline_group(), device)[-1]
 
     @torch.no_grad()
     def score(
@@ -226,10 +230,8 @@ class Policy:
             if progress is not None:
                 progress(len(numbers) * self.layout.data_size)
         device = self.platform.device()
-        last = all_gather_json(found, parallel_state.get_pipeline_model_parallel_group(), device)[
-            -1
-        ]
-        for part in all_gather_json(last, parallel_state.get_data_parallel_group(), device):
+        last = all_gather_json(found, pipeline_group(), device)[-1]
+        for part in all_gather_json(last, replica_group(), device):
             found.update(part)
         values = [found[str(n)] for n in range(len(sequences))]
         return SequenceLogps(

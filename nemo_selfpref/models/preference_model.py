@@ -34,7 +34,7 @@ class TrainingStage:
 
 
 class StepBatches:
-    """This replica's batches of a stage, step by step; `start` skips what a resumed run has done."""
+    """This replica's batches of a stage, step by step; `start` skips what was done already."""
 
     def __init__(self, stage: TrainingStage, policy: Policy) -> None:
         self.stage, self.policy = stage, policy
@@ -67,7 +67,9 @@ class MegatronGPTPreferenceModel(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, policy: Policy, trainer: Any = None) -> None:
-        super().__init__(cfg=OmegaConf.create(OmegaConf.to_container(cfg)), trainer=trainer)
+        plain = OmegaConf.create(OmegaConf.to_container(cfg))
+        assert isinstance(plain, DictConfig)
+        super().__init__(cfg=plain, trainer=trainer)
         self.automatic_optimization = False
         self.policy = policy
         self.network = policy.module

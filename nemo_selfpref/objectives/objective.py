@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_selfpref.objectives import losses
 
 
-class Pass(str, Enum):
+class Pass(StrEnum):
     """A forward pass whose log-probs a loss uses."""
 
     POLICY = "policy"

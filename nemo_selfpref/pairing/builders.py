@@ -1,4 +1,4 @@
-"""Turning completions into training rows and preference pairs, counting what is left out and why."""
+"""Turning completions into preference pairs, counting what is left out and why."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ class EmbeddedEngine:
         """See RolloutEngine.generate."""
         if weight_set is not WeightSet.POLICY:
             raise RolloutError(
-                f"the embedded engine decodes on the policy's weights; got weight set {weight_set.value}"
+                "the embedded engine decodes on the policy's weights; "
+                f"got weight set {weight_set.value}"
             )
         self._check(requests, params)
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))

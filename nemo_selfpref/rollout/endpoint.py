@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import json
 import math
-import os
 import random
 import re
 import threading
@@ -24,8 +22,14 @@ from typing import Any
 import httpx
 import tenacity
 
-from nemo_selfpref.errors import ConfigError, RolloutError
+from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.rollout.answer_cache import AnswerCache, clean
+from nemo_selfpref.rollout.endpoint_config import (
+    EndpointConfig,
+    api_key,
+    checked_url,
+    is_loopback,
+)
 from nemo_selfpref.rollout.teacher import TeacherRequest, check_ids
 
 MAX_BACKOFF_S, MAX_RETRY_AFTER_S, MAX_REPLY_BYTES = 60.0, 600.0, 32 * 2**20
@@ -51,27 +55,6 @@ class TeacherCost:
     completion_tokens: int = 0
 
 
-@dataclass
-class EndpointConfig:
-    base_url: str = ""
-    """Up to the version, as in https://api.openai.com/v1."""
-    model: str = ""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the API key; null sends no key."""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_tokens: int = 1024
-    max_concurrency: int = 8
-    requests_per_minute: int = 0
-    """0 sets no limit; retries count."""
-    timeout_s: float = 120.0
-    max_attempts: int = 6
-    cache_path: str | None = None
-    """JSONL of the answers so far; null keeps them in memory only."""
-    allow_insecure_http: bool = False
-    """Permit http:// to another machine, where prompts and key travel in the clear."""
-
-
 class EndpointTeacher:
     """Answers from an OpenAI-compatible endpoint; equal prompts are asked once.
 
@@ -82,8 +65,8 @@ class EndpointTeacher:
 
     def __init__(self, config: EndpointConfig, *, backoff_s: float = 1.0) -> None:
         self._config = replace(config)
-        self._url = _checked_url(config)
-        self._key = _api_key(config.api_key_env)
+        self._url = checked_url(config)
+        self._key = api_key(config.api_key_env)
         self._cache = AnswerCache(config.cache_path)
         self._backoff_s = backoff_s
         self._cost = TeacherCost()
@@ -132,7 +115,7 @@ class EndpointTeacher:
             timeout=self._config.timeout_s,
             limits=httpx.Limits(max_connections=threads, max_keepalive_connections=threads),
             # A proxy from the environment would carry requests for this machine off it.
-            trust_env=not _is_loopback(self._url.host),
+            trust_env=not is_loopback(self._url.host),
         )
         with client, ThreadPoolExecutor(threads) as pool:
             jobs = {pool.submit(self._ask, client, stop, key, todo[key]): key for key in todo}
@@ -271,60 +254,3 @@ def _count_in(usage: Any, name: str) -> int:
     # Not every server counts, and an answer that is paid for is not lost over its count.
     count = usage.get(name) if isinstance(usage, dict) else 0
     return count if type(count) is int and count > 0 else 0
-
-
-def _checked_url(config: EndpointConfig) -> httpx.URL:
-    c = config
-    rules = {
-        "base_url": (bool(c.base_url), "a URL, as in https://host/v1"),
-        "model": (bool(c.model), "a name"),
-        "temperature": (0 <= c.temperature < math.inf, "0 or more"),
-        "top_p": (0 < c.top_p <= 1, "above 0 and at most 1"),
-        "max_tokens": (c.max_tokens >= 1, "1 or more"),
-        "max_concurrency": (c.max_concurrency >= 1, "1 or more"),
-        "requests_per_minute": (c.requests_per_minute >= 0, "0 or more"),
-        "timeout_s": (0 < c.timeout_s < math.inf, "above 0"),
-        "max_attempts": (c.max_attempts >= 1, "1 or more"),
-    }
-    for name, (good, expected) in rules.items():
-        if not good:
-            raise ConfigError(f"{name} is {getattr(c, name)!r}; expected {expected}")
-    try:
-        url = httpx.URL(c.base_url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"base_url is no URL ({error}); expected https://host/v1") from None
-    # The URL is not repeated in these messages, since what is wrong in it may be a secret.
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError("base_url: expected http or https and a host, as in https://host/v1")
-    if url.userinfo or url.query or url.fragment:
-        raise ConfigError(
-            "base_url carries a user, query or fragment; give host and path only, and the key in "
-            "the environment variable named by api_key_env"
-        )
-    if url.scheme == "http" and not (_is_loopback(url.host) or c.allow_insecure_http):
-        raise ConfigError(
-            f"base_url: http:// to {url.host} sends prompts and key in the clear; use https://, or "
-            "set allow_insecure_http to true on a network you trust"
-        )
-    path = url.path.rstrip("/").removesuffix("/chat/completions")
-    return url.copy_with(path=f"{path}/chat/completions")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _api_key(variable: str | None) -> str:
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(f"api_key_env: the environment variable {variable} is not set; export it")
-    if not re.fullmatch(r"[!-~]+", key):
-        raise ConfigError(
-            f"api_key_env: {variable} holds a blank or non-ASCII character; copy the key again"
-        )
-    return key

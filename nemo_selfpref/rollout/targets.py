@@ -1,4 +1,4 @@
-"""Where SGPO's target answers come from: an OpenAI-compatible endpoint, or a file of its answers."""
+"""Where SGPO's target answers come from: an OpenAI-compatible endpoint, or a file of answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nemo_selfpref.errors import ConfigError
-from nemo_selfpref.rollout.endpoint import EndpointConfig, EndpointTeacher
+from nemo_selfpref.rollout.endpoint import EndpointTeacher
+from nemo_selfpref.rollout.endpoint_config import EndpointConfig
 from nemo_selfpref.rollout.teacher import FileTeacher, Teacher
 
 
@@ -40,7 +41,7 @@ def make_teacher(config: TargetsConfig) -> Teacher:
     for name in ("base_url", "model"):
         if not getattr(config.endpoint, name):
             raise ConfigError(
-                f"algorithm.targets.endpoint.{name} is not set: give the OpenAI-compatible endpoint "
-                "that writes the target answers, or use algorithm.targets.source=file"
+                f"algorithm.targets.endpoint.{name} is not set: give the OpenAI-compatible "
+                "endpoint that writes the target answers, or use algorithm.targets.source=file"
             )
     return EndpointTeacher(config.endpoint)

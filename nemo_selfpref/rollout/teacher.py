@@ -31,6 +31,7 @@ class Teacher(Protocol):
         Raises:
             RolloutError: two requests share an id, or one cannot be answered.
         """
+        ...
 
 
 def write_requests(path: str | Path, requests: Sequence[TeacherRequest]) -> None:
@@ -60,7 +61,8 @@ def write_requests(path: str | Path, requests: Sequence[TeacherRequest]) -> None
 
 
 class FileTeacher:
-    """Answers from a JSONL file of {"id", "answer"} rows.
+    """Answers from a JSONL file of {"id", "answer"} rows. A file that does not exist yet holds
+    none: the run that asks has written its questions by then.
 
     Raises:
         DataError: the file cannot be read, a row is malformed or an id occurs twice.
@@ -69,7 +71,7 @@ class FileTeacher:
     def __init__(self, path: str | Path) -> None:
         self._path, self._answers = path, dict[str, str]()
         try:
-            data = Path(path).read_bytes()
+            data = Path(path).read_bytes() if Path(path).exists() else b""
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
         for number, row in rows(path, data, ("id", "answer")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_selfpref.checkpoint.files import write_text
@@ -20,7 +21,7 @@ from nemo_selfpref.types import Completion, GenerationRequest, Message, Sampling
 
 def answer_prompts(
     model: Path,
-    prompts: list[tuple[str, tuple[Message, ...]]],
+    prompts: Sequence[tuple[str, Sequence[Message]]],
     params: SamplingParams,
     seed: int,
     console: Console,

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
 from nemo_selfpref.algorithms.base import TrainSettings
-from nemo_selfpref.checkpoint.files import write_json
+from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.checkpoint.training_state import load_weights, save_weights
 from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.config.paths import prompts_dir
@@ -28,7 +26,13 @@ from nemo_selfpref.data.templates import PromptTemplate, load_template
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import DataError
 from nemo_selfpref.megatron.decode import KVDecoder
-from nemo_selfpref.megatron.parallel import all_gather_json, barrier, world_group
+from nemo_selfpref.megatron.parallel import (
+    all_gather_json,
+    barrier,
+    pipeline_group,
+    replica_group,
+    world_group,
+)
 from nemo_selfpref.megatron.policy import Policy, ReferenceLogps
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
 from nemo_selfpref.monitor.console import Console
@@ -163,20 +167,18 @@ class Run:
         if self.policy.layout.is_main:
             answers = self._ask(name, stage, teacher, requests)
         # Every rank trains on the same answers; only the first asks for them.
-        shared = all_gather_json(answers, world_group(), self.policy.platform.device())[0]
-        return shared
+        return all_gather_json(answers, world_group(), self.policy.platform.device())[0]
 
     def _ask(
         self, name: str, stage: Path, teacher: Teacher, requests: Sequence[TeacherRequest]
     ) -> dict[str, str]:
-        from nemo_selfpref.checkpoint.files import read_json
-
         if is_done(stage):
             self.summary.append(done_facts(stage))
             self.console.skipped(name)
             return read_json(stage / "answers.json")
         stage.mkdir(parents=True, exist_ok=True)
         write_requests(stage / "requests.jsonl", requests)
+        self.console.say(f"{name}: {len(requests)} questions, in {stage / 'requests.jsonl'}")
         estimate = getattr(teacher, "estimate_tokens", None)
         if estimate is not None:
             self.console.say(f"{name}: about {estimate(requests):,} prompt tokens to send")
@@ -306,8 +308,7 @@ class Run:
 
     def _embedded_engine(self) -> EmbeddedEngine:
         device, layout = self.policy.platform.device(), self.policy.layout
-        replicas = parallel_state.get_data_parallel_group()
-        stages = parallel_state.get_pipeline_model_parallel_group()
+        replicas, stages = replica_group(), pipeline_group()
         return EmbeddedEngine(
             KVDecoder(self.policy),
             stop_ids=self.tokenizer.stop_ids,
@@ -318,7 +319,3 @@ class Run:
             gather=lambda value: all_gather_json(value, replicas, device),
             gather_stages=lambda value: all_gather_json(value, stages, device),
         )
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
@@ -143,8 +147,6 @@ def read_completions(path: Path) -> list[Completion]:
 
 def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
     """Pairs with their provenance as Parquet, atomically."""
-    import json
-
     _write_table(
         path,
         [
@@ -155,11 +157,6 @@ def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    import os
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(pa.Table.from_pylist(rows), temporary)
@@ -169,9 +166,6 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         return pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -15,6 +16,9 @@ from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
+
+if TYPE_CHECKING:
+    from nemo_selfpref.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def train(cfg: DictConfig) -> Outcome:
     is_main = int(os.environ.get("RANK", "0")) == 0
     console = Console(enabled=is_main, bars=typed.trainer.enable_progress_bar)
     from nemo_selfpref.models.nemo_adapter import quiet
-    from nemo_selfpref.training.run import Run, RunFolder
+    from nemo_selfpref.training.run import Run
+    from nemo_selfpref.training.store import RunFolder
 
     quiet()
     policy, layout = build_policy(typed, start)
@@ -86,7 +91,7 @@ def train(cfg: DictConfig) -> Outcome:
     return Outcome(folder.path, checkpoint, hf)
 
 
-def _export(cfg: RunConfig, run: object, checkpoint: Path) -> Path | None:
+def _export(cfg: RunConfig, run: Run, checkpoint: Path) -> Path | None:
     from nemo_selfpref.checkpoint.export import export_checkpoint
     from nemo_selfpref.checkpoint.verify import verify_export
     from nemo_selfpref.megatron.parallel import barrier
@@ -98,5 +103,5 @@ def _export(cfg: RunConfig, run: object, checkpoint: Path) -> Path | None:
         export_checkpoint(checkpoint, target)
     barrier()
     if cfg.export.verify:
-        verify_export(run.policy, run.tokenizer, target)  # type: ignore[attr-defined]
+        verify_export(run.policy, run.tokenizer, target)
     return target

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from nemo_selfpref.rollout.endpoint import EndpointConfig, EndpointTeacher
+from nemo_selfpref.rollout.endpoint import EndpointTeacher
+from nemo_selfpref.rollout.endpoint_config import EndpointConfig
 from nemo_selfpref.rollout.teacher import TeacherRequest
 
 KEY = "sk-very-secret-0123456789"

@@ -26,7 +26,8 @@ def test_killed_run_asks_only_for_what_was_in_flight(endpoint: Endpoint, tmp_pat
     cache = tmp_path / "cache.jsonl"
     code = (
         "import sys\n"
-        "from nemo_selfpref.rollout.endpoint import EndpointConfig, EndpointTeacher\n"
+        "from nemo_selfpref.rollout.endpoint import EndpointTeacher\n"
+        "from nemo_selfpref.rollout.endpoint_config import EndpointConfig\n"
         "from nemo_selfpref.rollout.teacher import TeacherRequest\n"
         "c = EndpointConfig(sys.argv[1], 'm', cache_path=sys.argv[2], max_concurrency=2)\n"
         "EndpointTeacher(c).answer([TeacherRequest(f'id-{p}', p) for p in 'abcde'])\n"

@@ -9,7 +9,8 @@ from chat_server import KEY, Endpoint, Reply, asks, chat, teacher
 from omegaconf import OmegaConf
 
 from nemo_selfpref.errors import ConfigError
-from nemo_selfpref.rollout.endpoint import EndpointConfig, EndpointTeacher
+from nemo_selfpref.rollout.endpoint import EndpointTeacher
+from nemo_selfpref.rollout.endpoint_config import EndpointConfig
 from nemo_selfpref.rollout.teacher import TeacherRequest
 
 

@@ -1,0 +1,105 @@
+"""The demo's task: small instructions over lists of words, with an oracle.
+
+An instruction names one operation (reverse, sort, select a category, ...) and a list of words. The
+oracle knows the right answer, so every answer has a score in [0, 1]: one minus the word edit
+distance to the right answer, as a share of the longer of the two.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+CATEGORIES = {
+    "animals": "cat dog horse cow sheep goat lion tiger bear wolf fox mouse".split(),
+    "colours": "red blue green yellow black white brown pink purple orange grey gold".split(),
+    "foods": "bread rice apple pear soup cheese cake bean corn plum egg nut".split(),
+    "tools": "hammer saw drill nail screw rope ladder axe knife spoon brush needle".split(),
+}
+WORDS = sorted(word for words in CATEGORIES.values() for word in words)
+_CATEGORY_OF = {word: name for name, words in CATEGORIES.items() for word in words}
+_MIN_WORDS, _MAX_WORDS = 4, 8
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How an instruction is put, and what it asks for."""
+
+    phrase: str
+    apply: Callable[[Sequence[str]], list[str]]
+
+
+def _only(category: str) -> Callable[[Sequence[str]], list[str]]:
+    return lambda words: [w for w in words if _CATEGORY_OF[w] == category]
+
+
+OPERATIONS = [
+    Operation("Write these words in reverse order", lambda words: list(reversed(words))),
+    Operation("Sort these words alphabetically", lambda words: sorted(words)),
+    Operation("Write the last three words", lambda words: list(words[-3:])),
+    Operation("Write every second word", lambda words: list(words[1::2])),
+    Operation("Swap the first and the last word", lambda words: [words[-1], *words[1:-1], words[0]]),
+    *(Operation(f"Write only the {name}", _only(name)) for name in CATEGORIES),
+]
+_BY_PHRASE = {operation.phrase: operation for operation in OPERATIONS}
+_INSTRUCTION = re.compile(r"([^:]+): ([a-z ]+)\.")
+
+
+def make_instructions(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[str]:
+    """`count` different instructions, none of them in `exclude`."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        operation = rng.choice(OPERATIONS)
+        words = rng.sample(WORDS, rng.randint(_MIN_WORDS, _MAX_WORDS))
+        text = f"{operation.phrase}: {' '.join(words)}."
+        if operation.apply(words) and text not in exclude:
+            found[text] = None
+    return list(found)
+
+
+def oracle(instruction: str) -> str:
+    """The right answer.
+
+    Raises:
+        ValueError: not an instruction of this task.
+    """
+    match = _INSTRUCTION.fullmatch(instruction.strip())
+    if match is None or match[1] not in _BY_PHRASE:
+        raise ValueError(f"not an instruction of the demo's task: {instruction!r}")
+    return " ".join(_BY_PHRASE[match[1]].apply(match[2].split()))
+
+
+def score(instruction: str, answer: str) -> float:
+    """How right `answer` is, from 0 to 1."""
+    right, given = oracle(instruction).split(), answer.split()
+    longer = max(len(right), len(given))
+    return 1.0 - edit_distance(right, given) / longer
+
+
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Fewest insertions, deletions and substitutions of words that turn `a` into `b`."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
+
+
+def corrupt(answer: str, rng: random.Random) -> str:
+    """A plausible wrong answer: one to three words swapped, lost or replaced."""
+    words = answer.split()
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(words))
+        kind = rng.choice(("swap", "lose", "replace"))
+        if kind == "swap" and len(words) > 1:
+            other = rng.randrange(len(words))
+            words[place], words[other] = words[other], words[place]
+        elif kind == "lose" and len(words) > 1:
+            del words[place]
+        else:
+            words[place] = rng.choice(WORDS)
+    return " ".join(words)

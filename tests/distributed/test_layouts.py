@@ -1,0 +1,100 @@
+"""Every parallel layout against one process: losses, metrics, every gradient, the optimizer's step,
+scores and sampled tokens. Float32; 13 rows in micro-batches of 3, so nothing divides evenly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_selfpref.checkpoint.sharded import ShardReader
+
+WORKER = Path(__file__).parent / "worker.py"
+ONE = "1,1,0"
+LAYOUTS = {"TP=2": "2,1,0", "TP=2 SP": "2,1,1", "PP=2": "1,2,0", "DP=2": "1,1,0"}
+LOSSES = ("sft", "dpo", "cdpo", "ipo", "orpo")
+# Sums over 13 rows of up to 14 tokens, each log-prob near -6: float32 keeps 1e-6 of 1e2.
+METRIC_TOLERANCE = 2e-4
+GRADIENT_TOLERANCE = 2e-5
+
+
+def run(processes: int, *arguments: str) -> None:
+    command = [sys.executable, str(WORKER), *arguments]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launcher, *command[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Folder of each layout's results; one process group serves all two-process layouts."""
+    folder = request.getfixturevalue("llama_folder" if request.param == "untied" else "tied_folder")
+    out = tmp_path_factory.mktemp("layouts")
+    run(1, str(folder), str(out / "one"), ONE)
+    run(2, str(folder), str(out / "two"), *LAYOUTS.values())
+    found = {name: out / "two" / text for name, text in LAYOUTS.items()}
+    return {"one": out / "one" / ONE, **found}
+
+
+def found(folder: Path) -> dict:
+    return json.loads((folder / "found.json").read_text())
+
+
+def worst_difference(ours: Path, theirs: Path) -> float:
+    one, two = ShardReader(ours), ShardReader(theirs)
+    worst = 0.0
+    for key in one.keys():
+        shape = one.global_shape(key)
+        zero = (0,) * len(shape)
+        difference = one.read(key, zero, shape) - two.read(key, zero, shape)
+        worst = max(worst, float(difference.abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_metrics(results: dict[str, Path], layout: str) -> None:
+    ours, theirs = found(results["one"])["losses"], found(results[layout])["losses"]
+    for name in LOSSES:
+        assert ours[name].keys() == theirs[name].keys()
+        for metric, value in ours[name].items():
+            assert theirs[name][metric] == pytest.approx(value, abs=METRIC_TOLERANCE, rel=1e-5), (
+                f"{name} {metric}"
+            )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients(results: dict[str, Path], layout: str, loss: str) -> None:
+    one, other = results["one"] / f"grad-{loss}", results[layout] / f"grad-{loss}"
+    assert worst_difference(one, other) < GRADIENT_TOLERANCE * (10 if loss == "ipo" else 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_norm_and_clipped_step(results: dict[str, Path], layout: str) -> None:
+    one, other = found(results["one"])["norms"], found(results[layout])["norms"]
+    assert other == pytest.approx(one, rel=1e-4)
+    # Adam's first step moves every weight by lr * sign(g): where g is rounding noise the sign is
+    # too, so compare the mean movement, which such weights cannot hide a wrong gradient in.
+    first, second = ShardReader(results["one"] / "stepped"), ShardReader(results[layout] / "stepped")
+    for key in first.keys():
+        shape = first.global_shape(key)
+        zero = (0,) * len(shape)
+        gap = (first.read(key, zero, shape) - second.read(key, zero, shape)).abs()
+        assert float((gap > 1e-4).float().mean()) < 0.02, key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_and_sampled_tokens(results: dict[str, Path], layout: str) -> None:
+    one, other = found(results["one"]), found(results[layout])
+    assert torch.tensor(other["scores"]) == pytest.approx(torch.tensor(one["scores"]), abs=2e-4)
+    assert other["generated"] == one["generated"]

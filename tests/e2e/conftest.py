@@ -1,0 +1,83 @@
+"""Commands run as a user runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Selfpref = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def selfpref() -> Selfpref:
+    """selfpref(*arguments, status=0): runs the command and checks its exit status."""
+
+    def run(*arguments: object, status: int = 0, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nemo_selfpref.cli", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-5000:]
+        return done
+
+    return run
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 preference rows: polite answers over rude ones."""
+    rows = [
+        {
+            "prompt": f"How much is {n} plus {n + 3}?",
+            "chosen": f"It is {2 * n + 3}, gladly. " * (1 + n % 3),
+            "rejected": f"{2 * n + 3}. Go away.",
+        }
+        for n in range(24)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def answers_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 demonstrations on the demo's task, which the demo's teacher can improve."""
+    from nemo_selfpref.demo.task import make_instructions, oracle
+
+    rows = [{"prompt": t, "completion": oracle(t)} for t in make_instructions(10, seed=11)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "answers.jsonl", rows)
+
+
+def settings(folder: Path, name: str, model: Path, data: Path, *more: str) -> list[str]:
+    """Arguments of a small, quick run."""
+    return [
+        f"name={name}",
+        f"exp_manager.exp_dir={folder}",
+        "exp_manager.create_tensorboard_logger=false",
+        f"model.restore_from_path={model}",
+        f"data.train_path=[{data}]",
+        "data.max_length=250",
+        "data.max_prompt_length=200",
+        "model.micro_batch_size=2",
+        "model.global_batch_size=8",
+        "model.optim.lr=1e-3",
+        "trainer.log_every_n_steps=1",
+        *more,
+    ]
+
+
+def metrics(run: Path, stage: str = "policy") -> list[dict]:
+    """The steps a stage recorded."""
+    path = next((run / "stages").glob(f"*-{stage}")) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]

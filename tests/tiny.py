@@ -1,0 +1,103 @@
+"""Small models and tokenizers made on the spot, for every test that needs a real one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_selfpref.megatron.policy import Policy
+
+MakePolicy = Callable[[Path], Policy]
+
+VOCAB = 500
+_SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "user assistant system: answer the question in one short sentence, please.",
+    "im_end im_start end of text begin of text header id user assistant",
+    "Numbers such as 100, 1000 and 10000 repeat their digits; so do ---- and ====.",
+    "caf\u00e9 na\u00efve \u00fcber \u65e5\u672c\u8a9e two  spaces   three",
+]
+_SYLLABLES = ["ba", "be", "bi", "do", "fa", "ge", "hi", "ka", "lo", "mu", "na", "pe", "ri", "so"]
+
+
+def make_corpus() -> list[str]:
+    """A few sentences, and many made-up words so that a vocabulary of 500 pieces can be filled."""
+    random_ = random.Random(3)
+    words = ["".join(random_.choices(_SYLLABLES, k=random_.randint(1, 4))) for _ in range(400)]
+    return _SENTENCES * 20 + [" ".join(random_.choices(words, k=12)) for _ in range(200)]
+
+
+CORPUS = make_corpus()
+
+CHATML_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def train_byte_level(folder: Path, special: list[str], template: str | None, **named: str) -> Path:
+    """A byte-level BPE tokenizer in a Hugging Face folder; the special tokens get ids 0, 1, ..."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
+    fast.save_pretrained(str(folder))
+    return folder
+
+
+def train_chatml(folder: Path) -> Path:
+    """The byte-level tokenizer with ChatML turns: <|endoftext|> 0, <|im_start|> 1, <|im_end|> 2."""
+    return train_byte_level(
+        folder,
+        CHATML_TOKENS,
+        CHATML_TEMPLATE,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+"""Grouped-query attention, and weights large enough that the attention pattern matters."""
+
+
+def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of transformers, with a ChatML tokenizer, as a Hugging Face folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # Norms of one would hide a mix-up of the norms.
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(str(folder))
+    train_chatml(folder)
+    return folder
