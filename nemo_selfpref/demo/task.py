@@ -1,8 +1,11 @@
 """The demo's task: small instructions over lists of words, with an oracle.
 
-An instruction names one operation (reverse, sort, select a category, ...) and a list of words. The
-oracle knows the right answer, so every answer has a score in [0, 1]: one minus the word edit
-distance to the right answer, as a share of the longer of the two.
+An instruction names one operation (the last three, every second, only the animals, ...) and a list of
+words. The oracle knows the right answer, so every answer has a score in [0, 1]: one minus the word
+edit distance to the right answer, as a share of the longer of the two.
+
+The starting model learns from careless demonstrations, half of them with a word lost, repeated or
+added or with chatter around the answer, and becomes as careless; alignment has to undo that.
 """
 
 from __future__ import annotations
@@ -36,11 +39,9 @@ def _only(category: str) -> Callable[[Sequence[str]], list[str]]:
 
 
 OPERATIONS = [
-    Operation("Write these words in reverse order", lambda words: list(reversed(words))),
-    Operation("Sort these words alphabetically", lambda words: sorted(words)),
+    Operation("Write the first three words", lambda words: list(words[:3])),
     Operation("Write the last three words", lambda words: list(words[-3:])),
     Operation("Write every second word", lambda words: list(words[1::2])),
-    Operation("Swap the first and the last word", lambda words: [words[-1], *words[1:-1], words[0]]),
     *(Operation(f"Write only the {name}", _only(name)) for name in CATEGORIES),
 ]
 _BY_PHRASE = {operation.phrase: operation for operation in OPERATIONS}
@@ -89,17 +90,20 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
+_CHATTER = ("sure here you go", "well i think it is", "the words are")
+
+
 def corrupt(answer: str, rng: random.Random) -> str:
-    """A plausible wrong answer: one to three words swapped, lost or replaced."""
+    """A careless version: a word lost, repeated or added, or chatter around the answer."""
     words = answer.split()
-    for _ in range(rng.randint(1, 3)):
-        place = rng.randrange(len(words))
-        kind = rng.choice(("swap", "lose", "replace"))
-        if kind == "swap" and len(words) > 1:
-            other = rng.randrange(len(words))
-            words[place], words[other] = words[other], words[place]
-        elif kind == "lose" and len(words) > 1:
-            del words[place]
-        else:
-            words[place] = rng.choice(WORDS)
+    kind = rng.choice(("lose", "repeat", "add", "chatter"))
+    place = rng.randrange(len(words))
+    if kind == "lose" and len(words) > 1:
+        del words[place]
+    elif kind == "repeat":
+        words.insert(place, words[place])
+    elif kind == "add":
+        words.insert(rng.randrange(len(words) + 1), rng.choice(WORDS))
+    else:
+        words = [*rng.choice(_CHATTER).split(), *words]
     return " ".join(words)

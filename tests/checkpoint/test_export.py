@@ -196,9 +196,7 @@ def test_an_export_in_several_files(
     files = sorted(set(index["weight_map"].values()))
     count = len(files)
     assert count > 2
-    assert files == [
-        f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
-    ]
+    assert files == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     tensors = {n: t for file in files for n, t in load_file(out / file).items()}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     verify_export(policy, tokenizer, out)

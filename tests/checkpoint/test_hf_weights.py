@@ -146,7 +146,7 @@ def test_a_tensor_of_another_shape_is_named(llama_folder: Path, tmp_path: Path) 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="pickled .bin weights are not read"):
+    with pytest.raises(CheckpointError, match=r"pickled .bin weights are not read"):
         HuggingFaceSource(tmp_path, TWO_GROUPS)
 
 

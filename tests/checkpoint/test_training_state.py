@@ -160,7 +160,11 @@ def test_a_failed_save_leaves_the_old_checkpoint(
     save_training(target, policy, optimizer, LIGHTNING)
     step(optimizer, 0)
     with pytest.raises(KeyError, match="loops"):
-        save_training(target, policy, optimizer, {"epoch": 0, "global_step": 1,
-                      "pytorch-lightning_version": "2.5"})
+        save_training(
+            target,
+            policy,
+            optimizer,
+            {"epoch": 0, "global_step": 1, "pytorch-lightning_version": "2.5"},
+        )
     load_training(target, policy)
     assert policy.weight_version == 0

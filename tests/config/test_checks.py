@@ -80,7 +80,6 @@ def test_the_defaults_pass() -> None:
         ("model.optim.betas", [0.9, 1.0], "model.optim.betas=[0.9, 1.0]: expected two numbers"),
         ("model.optim.weight_decay", -1.0, "model.optim.weight_decay=-1.0: expected 0 or more"),
         ("model.optim.sched.warmup_ratio", 1.0, "sched.warmup_ratio=1.0: expected [0, 1)"),
-        ("model.optim.sched.warmup_steps", -1, "sched.warmup_steps=-1: "),
         ("model.optim.sched.min_lr", 1.0, "sched.min_lr=1.0: expected 0 <= min_lr <= lr"),
     ],
 )

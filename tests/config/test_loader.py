@@ -55,8 +55,12 @@ def test_values_arrive_typed() -> None:
         ("data.drop=[bad_rows]", r"data\.drop.*bad_rows"),
         ("trainer.max_epochs=null", r"trainer\.max_epochs: "),
         ("rollout.top_p=[1]", r"rollout\.top_p: "),
-        ("algorithm=dpoo", r"algorithm/dpoo"),
-        ("trainer", "trainer"),
+        ("algorithm=dpoo", r"algorithm=dpoo: expected one of dpo, ipo, orpo, sft, sgpo"),
+        ("trainer", r"'trainer' missing EQUAL"),
+        ("~trainer.devices", r"trainer\.devices: .* does not support deletion"),
+        ("+trainer.more=1", r"unknown setting 'trainer\.more'.*'\+trainer\.more=1'"),
+        ("+algorithm.lam=1", r"unknown setting 'algorithm\.lam'"),
+        ("algorithm.bta=1", r"'algorithm\.bta'\. Did you mean 'algorithm\.beta'\?"),
     ],
 )
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:
@@ -96,7 +100,12 @@ def test_an_unknown_key_in_a_file(tmp_path: Path) -> None:
         load("mine", folder=folder)
 
 
-def test_a_file_that_is_not_yaml(tmp_path: Path) -> None:
-    folder = own_config(tmp_path, "defaults: [dpo, _self_]\nname: [\n")
-    with pytest.raises(ConfigError):
-        load("mine", folder=folder)
+def test_fields_of_the_users_own_naming() -> None:
+    cfg = load("dpo", "+data.columns.question=prompt")
+    assert cfg.data.columns == {"question": "prompt"}
+
+
+def test_a_yaml_file_may_rename_fields(tmp_path: Path) -> None:
+    text = "defaults: [dpo, _self_]\ndata:\n  columns: {question: prompt}\n"
+    cfg = load("mine", folder=own_config(tmp_path, text))
+    assert cfg.data.columns == {"question": "prompt"}

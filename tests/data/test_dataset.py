@@ -200,9 +200,9 @@ def test_bad_prompts_name_the_row(tmp_path: Path, row: Any, message: str) -> Non
 
 def test_bad_prompt_files(tmp_path: Path) -> None:
     path = write(tmp_path, {"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"})
-    with pytest.raises(DataError, match=":2: the id '1' is taken; got it already at .*:1"):
+    with pytest.raises(DataError, match=r":2: the id '1' is taken; got it already at .*:1"):
         load_prompts(path)
-    with pytest.raises(DataError, match="none.txt: cannot be read: .*expected a UTF-8 text file"):
+    with pytest.raises(DataError, match=r"none.txt: cannot be read: .*expected a UTF-8 text file"):
         load_prompts(tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(DataError, match="the file has no prompts; expected one prompt per line"):

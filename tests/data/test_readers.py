@@ -130,9 +130,9 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: s
 
 
 def test_missing_file_is_refused_before_the_first_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder; expected a .jsonl, .json"):
+    with pytest.raises(DataError, match=r"no such file or folder; expected a .jsonl, .json"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="the folder holds no data file; expected a .jsonl"):
+    with pytest.raises(DataError, match=r"the folder holds no data file; expected a .jsonl"):
         read_rows(tmp_path)
 
 

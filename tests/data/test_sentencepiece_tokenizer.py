@@ -96,7 +96,9 @@ def test_training_twice_gives_the_same_file(
 
 
 def test_too_large_a_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot train a tokenizer of 9000 pieces: .*use more text"):
+    with pytest.raises(
+        DataError, match=r"cannot train a tokenizer of 9000 pieces: .*use more text"
+    ):
         train_sentencepiece(["one two three"], 9000, tmp_path / "x")
 
 
@@ -165,7 +167,7 @@ def test_user_defined_pieces_of_the_template_cannot_be_forged(
 def test_unsuitable_models_are_named(tmp_path: Path, corpus: list[str]) -> None:
     broken = tmp_path / "broken.model"
     broken.write_bytes(b"no model")
-    with pytest.raises(DataError, match="broken.model: not a sentencepiece model"):
+    with pytest.raises(DataError, match=r"broken.model: not a sentencepiece model"):
         load_tokenizer(TokenizerConfig(path=str(broken)))
     foreign = train_foreign(tmp_path, corpus, treat_whitespace_as_suffix=True)
     with pytest.raises(DataError, match=r"without the pieces .*<\|system\|>.* of the default"):

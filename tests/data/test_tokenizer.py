@@ -211,11 +211,11 @@ def test_importing_the_data_modules_is_cheap() -> None:
 
 
 def test_missing_pieces_are_named(chatml_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer; got model.tokenizer.path=null"):
+    with pytest.raises(DataError, match=r"no tokenizer; got model.tokenizer.path=null"):
         load_tokenizer(TokenizerConfig())
-    with pytest.raises(DataError, match="no such tokenizer; set model.tokenizer.path"):
+    with pytest.raises(DataError, match=r"no such tokenizer; set model.tokenizer.path"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path / "none")))
-    with pytest.raises(DataError, match="got 0 .model files and no tokenizer.json"):
+    with pytest.raises(DataError, match=r"got 0 .model files and no tokenizer.json"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path)))
     config = TokenizerConfig(path=str(tmp_path), library=TokenizerLibrary.huggingface)
     with pytest.raises(DataError, match="not a Hugging Face tokenizer folder"):
@@ -224,14 +224,14 @@ def test_missing_pieces_are_named(chatml_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a Hugging Face tokenizer folder"):
         load_tokenizer(config)
     config = TokenizerConfig(path=str(chatml_folder), chat_template=str(tmp_path / "no.jinja"))
-    with pytest.raises(DataError, match="model.tokenizer.chat_template cannot be read"):
+    with pytest.raises(DataError, match=r"model.tokenizer.chat_template cannot be read"):
         load_tokenizer(config)
 
 
 def test_tokenizer_without_template_asks_for_one(chatml_folder: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((chatml_folder / name).read_bytes())
-    with pytest.raises(DataError, match="no chat template.*set model.tokenizer.chat_template"):
+    with pytest.raises(DataError, match=r"no chat template.*set model.tokenizer.chat_template"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path)))
     config = TokenizerConfig(
         path=str(tmp_path), chat_template=str(chatml_folder / "chat_template.jinja")

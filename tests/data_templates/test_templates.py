@@ -109,7 +109,7 @@ def test_look_alikes_are_neutralised_and_other_markup_is_kept() -> None:
 
 @pytest.mark.parametrize("given_values", [{"instruction": "Q"}, {}])
 def test_missing_value(given_values: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="sgpo_improve: missing values .*response"):
+    with pytest.raises(ConfigError, match=r"sgpo_improve: missing values .*response"):
         shipped("sgpo_improve").render(**given_values)
 
 

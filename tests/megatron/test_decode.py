@@ -56,9 +56,7 @@ def test_keep_goes_on_with_the_rows_that_stay(policy: Policy) -> None:
     logits = decoder.advance(torch.tensor([30, 31]))
     assert logits is not None and logits.shape == (2, 500)
     for row, sequence in enumerate([(*PROMPTS[2], 22, 30), (*PROMPTS[1], 21, 31)]):
-        torch.testing.assert_close(
-            logits[row], full_logits(policy, sequence), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(logits[row], full_logits(policy, sequence), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

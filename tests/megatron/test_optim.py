@@ -129,9 +129,7 @@ def test_every_step_is_a_new_weight_version(policy: Policy) -> None:
 
 
 def test_scheduler_sets_the_rate_of_every_step(make_policy: MakePolicy, llama_folder: Path) -> None:
-    config = OptimConfig(
-        lr=0.5, sched=SchedulerConfig(Scheduler.LinearAnnealing, warmup_steps=2)
-    )
+    config = OptimConfig(lr=0.5, sched=SchedulerConfig(Scheduler.LinearAnnealing, warmup_steps=2))
     optimizer = PolicyOptimizer(make_policy(llama_folder), config, 1.0)
     scheduler = make_scheduler(optimizer, config, 4)
     rates = []

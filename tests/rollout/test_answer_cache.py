@@ -65,7 +65,7 @@ def test_damaged_middle_line_is_an_error(endpoint: Endpoint, tmp_path: Path, dam
     teacher(endpoint, cache_path=str(cache)).answer(asks("a"))
     line = cache.read_bytes()
     cache.write_bytes(line + damage + line)
-    with pytest.raises(DataError, match="cache.jsonl:2: .*delete the line"):
+    with pytest.raises(DataError, match=r"cache.jsonl:2: .*delete the line"):
         teacher(endpoint, cache_path=str(cache))
 
 

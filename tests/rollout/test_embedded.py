@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_finished_sequences_leave_the_batch(policy: Policy) -> None:
     assert decoder.kept and decoder.widths[0] > decoder.widths[-1] >= 1
     # A batch shrinks once 60 % or less of it is still running.
     widths = [12, *decoder.kept]
-    assert all(after <= 0.6 * before for before, after in zip(widths, widths[1:], strict=False))
+    assert all(after <= 0.6 * before for before, after in pairwise(widths))
 
 
 def test_the_engine_leaves_no_gradients(policy: Policy) -> None:

@@ -128,8 +128,16 @@ def test_plain_http_leaves_the_machine_only_on_request(host: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "ftp://h/v1", "h/v1", "https://", f"https://u:{KEY}@h/v1", f"https://h/v1?key={KEY}"]
-    + [f"https://h/v1#{KEY}", "https://h:port/v1"],
+    [
+        "",
+        "ftp://h/v1",
+        "h/v1",
+        "https://",
+        f"https://u:{KEY}@h/v1",
+        f"https://h/v1?key={KEY}",
+        f"https://h/v1#{KEY}",
+        "https://h:port/v1",
+    ],
 )
 def test_bad_urls_are_refused_without_showing_them(url: str) -> None:
     with pytest.raises(ConfigError, match="base_url") as caught:
@@ -139,9 +147,18 @@ def test_bad_urls_are_refused_without_showing_them(url: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": ""}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}]
-    + [{"top_p": 1.1}, {"max_tokens": 0}, {"max_concurrency": 0}, {"requests_per_minute": -1}]
-    + [{"timeout_s": 0.0}, {"max_attempts": 0}],
+    [
+        {"model": ""},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_tokens": 0},
+        {"max_concurrency": 0},
+        {"requests_per_minute": -1},
+        {"timeout_s": 0.0},
+        {"max_attempts": 0},
+    ],
     ids=str,
 )
 def test_settings_out_of_range(endpoint: Endpoint, change: dict[str, Any]) -> None:

@@ -75,21 +75,29 @@ def test_hanging_connection_times_out_and_is_retried(endpoint: Endpoint) -> None
 def test_dribbling_reply_meets_the_deadline(endpoint: Endpoint) -> None:
     endpoint.script = lambda prompt, nth: Reply(b"{}", dribble=100)
     started = time.monotonic()
-    with pytest.raises(RolloutError, match="no whole reply in 0.3 s"):
+    with pytest.raises(RolloutError, match=r"no whole reply in 0.3 s"):
         teacher(endpoint, timeout_s=0.3, max_attempts=1).answer(asks("a"))
     assert time.monotonic() - started < 2
 
 
 def test_unreachable_server(endpoint: Endpoint) -> None:
     endpoint.server.server_close()
-    with pytest.raises(RolloutError, match="ConnectError.*after 2 attempts"):
+    with pytest.raises(RolloutError, match=r"ConnectError.*after 2 attempts"):
         teacher(endpoint, max_attempts=2).answer(asks("a"))
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>", b"[" * 100_000, [], {}, {"choices": []}, {"choices": [{"message": None}]}]
-    + [{"choices": [{"message": {"content": [1]}}]}, {"error": {"message": "upstream"}}],
+    [
+        b"<html>",
+        b"[" * 100_000,
+        [],
+        {},
+        {"choices": []},
+        {"choices": [{"message": None}]},
+        {"choices": [{"message": {"content": [1]}}]},
+        {"error": {"message": "upstream"}},
+    ],
     ids=str,
 )
 def test_malformed_reply_is_a_clear_error(endpoint: Endpoint, body: Any) -> None:
@@ -101,7 +109,7 @@ def test_malformed_reply_is_a_clear_error(endpoint: Endpoint, body: Any) -> None
 
 def test_redirects_are_not_followed(endpoint: Endpoint) -> None:
     endpoint.script = lambda prompt, nth: Reply("", 307, {"Location": f"{endpoint.url}/elsewhere"})
-    with pytest.raises(RolloutError, match="HTTP 307.*redirects are not followed"):
+    with pytest.raises(RolloutError, match=r"HTTP 307.*redirects are not followed"):
         teacher(endpoint).answer(asks("a"))
     assert len(endpoint.seen) == 1
 

@@ -46,7 +46,7 @@ def test_file_teacher_names_missing_answers(tmp_path: Path) -> None:
     assert FileTeacher(path).answer(asks("a")) == {"id-a": ""}
     assert FileTeacher(path).answer([TeacherRequest("half", "p")]) == {"half": "?!"}
     with pytest.raises(
-        RolloutError, match="no answer to 4 of 5 .*id-b, id-c, id-d; run the request"
+        RolloutError, match=r"no answer to 4 of 5 .*id-b, id-c, id-d; run the request"
     ):
         FileTeacher(path).answer(asks(*"abcde"))
 

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_selfpref.algorithms.base import algorithms
+from nemo_selfpref.config.loader import load_config
+from nemo_selfpref.errors import CheckpointError, ConfigError
+from nemo_selfpref.training.store import (
+    RunFolder,
+    done_facts,
+    is_done,
+    mark_done,
+    read_completions,
+    write_completions,
+    write_pairs,
+)
+from nemo_selfpref.types import Completion, FinishReason, PreferencePair, WeightSet
+
+SCHEMAS = {name: cls.config_class for name, cls in algorithms().items()}
+
+
+def config(*overrides: str, name: str = "dpo") -> DictConfig:
+    return load_config(name, ["data.train_path=[rows.jsonl]", *overrides], SCHEMAS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run made with the plain settings."""
+    RunFolder(tmp_path / "run").open(config(), resume=True, is_main=True)
+    return tmp_path / "run"
+
+
+def test_the_settings_are_saved_whole(folder: Path) -> None:
+    saved = OmegaConf.load(folder / "config.yaml")
+    assert saved.algorithm.beta == 0.1 and saved.model.optim.lr == 5e-7
+    assert saved.trainer.precision == "fp32"
+
+
+def test_the_same_settings_continue(folder: Path) -> None:
+    before = (folder / "config.yaml").read_bytes()
+    RunFolder(folder).open(config(), resume=True, is_main=True)
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "old", "new"),
+    [
+        ("algorithm.beta=0.2", "algorithm.beta: 0.1", "algorithm.beta: 0.2"),
+        ("model.optim.lr=1e-6", "model.optim.lr: 5e-07", "model.optim.lr: 1e-06"),
+        ("trainer.precision=bf16", "trainer.precision: fp32", "trainer.precision: bf16"),
+        ("model.global_batch_size=32", "global_batch_size: 64", "global_batch_size: 32"),
+        ("data.train_path=[b.jsonl]", "data.train_path: ['rows.jsonl']", "train_path: ['b.jsonl']"),
+        ("seed=1", "seed: 1234", "seed: 1"),
+        ("data.drop=[bad_row]", "data.drop: []", "data.drop: ['bad_row']"),
+    ],
+)
+def test_other_settings_are_refused_with_their_difference(
+    folder: Path, override: str, old: str, new: str
+) -> None:
+    with pytest.raises(ConfigError, match="was made with other settings") as caught:
+        RunFolder(folder).open(config(override), resume=True, is_main=True)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert [line[0] for line in lines] == ["-", "+"]
+    assert lines[0].endswith(old) and lines[1].endswith(new)
+
+
+def test_another_algorithm_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"-algorithm\.beta: 0\.1"):
+        RunFolder(folder).open(config(name="orpo"), resume=True, is_main=True)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.devices=2",
+        "trainer.num_nodes=2",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+        "trainer.log_every_n_steps=1",
+        "exp_manager.checkpoint_callback_params.save_top_k=5",
+        "export.verify=false",
+        "model.tensor_model_parallel_size=2",
+        "model.pipeline_model_parallel_size=2",
+        "model.sequence_parallel=true",
+        "model.micro_batch_size=1",
+        "model.logprob_chunk_size=64",
+        "rollout.batch_size=1",
+    ],
+)
+def test_how_a_run_computes_may_change(folder: Path, override: str) -> None:
+    RunFolder(folder).open(config(override), resume=True, is_main=True)
+    assert "batch_size: 4" in (folder / "config.yaml").read_text()  # the first settings stay
+
+
+def test_an_existing_run_is_not_touched_without_leave(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exists already.*resume_if_exists=true"):
+        RunFolder(folder).open(config(), resume=False, is_main=True)
+
+
+def test_only_the_first_rank_writes(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run").open(config(), resume=True, is_main=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_are_numbered_in_order() -> None:
+    run = RunFolder(Path("r"))
+    names = [str(run.stage(name)) for name in ("draft", "targets", "policy")]
+    assert names == ["r/stages/01-draft", "r/stages/02-targets", "r/stages/03-policy"]
+
+
+def test_a_stage_is_done_once_its_facts_are_written(tmp_path: Path) -> None:
+    stage = tmp_path / "01-draft"
+    assert not is_done(stage)
+    mark_done(stage, {"answers": 3})
+    assert is_done(stage) and done_facts(stage) == {"answers": 3}
+
+
+COMPLETIONS = [
+    Completion("a", (5, 2), (-0.1234567890123, -2.5), FinishReason.STOP, WeightSet.POLICY, 7),
+    Completion("b", (9,), (-1.0,), FinishReason.LENGTH, WeightSet.FROZEN, 0),
+]
+
+
+def test_completions_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "stage" / "completions.parquet"
+    write_completions(path, COMPLETIONS)
+    assert read_completions(path) == COMPLETIONS
+    assert [p.name for p in path.parent.iterdir()] == ["completions.parquet"]
+
+
+def test_a_damaged_table_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "completions.parquet"
+    write_completions(path, COMPLETIONS)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"completions\.parquet cannot be read"):
+        read_completions(path)
+
+
+def test_pairs_with_their_provenance(tmp_path: Path) -> None:
+    import json
+
+    import pyarrow.parquet as pq
+
+    pair = PreferencePair("a", (1, 2), (3,), (4, 5), provenance={"source": "f:1", "score": 2})
+    write_pairs(tmp_path / "pairs.parquet", [pair])
+    (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert row.pop("provenance") == json.dumps({"score": 2, "source": "f:1"})
+    assert row == {
+        "id": "a",
+        "prompt_ids": [1, 2],
+        "chosen_ids": [3],
+        "rejected_ids": [4, 5],
+        "strength": 1.0,
+    }
