@@ -1,6 +1,6 @@
 """The same as `selfpref train`:
 
-python examples/train.py --config-name dpo model.restore_from_path=HF_DIR data.train_path=[pairs.jsonl]
+python examples/train.py --config-name dpo model.restore_from_path=DIR data.train_path=[pairs.jsonl]
 """
 
 import sys

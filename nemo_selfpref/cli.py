@@ -154,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.act(args)
     except SelfPrefError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            sys.stderr.write(f"selfpref: {error}\n")
+        rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+        sys.stderr.write(f"selfpref{rank}: {error}\n")
         return 2
     finally:
         _leave_process_group()

@@ -18,5 +18,9 @@ class RolloutError(SelfPrefError, RuntimeError):
     """Generation failed: a teacher endpoint, an engine, or a sample that breaks the contract."""
 
 
+class TrainingError(SelfPrefError, RuntimeError):
+    """Training cannot go on: a loss that is not a number. The weights are as before the step."""
+
+
 class CheckpointError(SelfPrefError, RuntimeError):
     """A checkpoint or Hugging Face folder that is incomplete, damaged or of another model."""

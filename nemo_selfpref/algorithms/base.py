@@ -71,9 +71,13 @@ class RunContext(Protocol):
         ...
 
     def ask(
-        self, name: str, teacher: Teacher, requests: Sequence[TeacherRequest]
+        self, name: str, make_teacher: Callable[[], Teacher], requests: Sequence[TeacherRequest]
     ) -> dict[str, str]:
-        """Answers of an external model, by request id."""
+        """Answers of an external model, by request id. Only one rank makes the teacher."""
+        ...
+
+    def fits(self, prompt: TokenIds) -> bool:
+        """Whether an answer of rollout.max_new_tokens to the prompt stays within the model."""
         ...
 
     def train(

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from nemo_selfpref.algorithms.base import RunContext, instruction_of
+from nemo_selfpref.algorithms.base import RunContext, check_positive, instruction_of
+from nemo_selfpref.config.checks import check_optim
+from nemo_selfpref.config.schema import OptimConfig, RunConfig
 from nemo_selfpref.pairing.filters import iqr_keep
 from nemo_selfpref.rollout.teacher import TeacherRequest
 from nemo_selfpref.types import Completion, Demonstration, DropReport, TokenIds, flatten_messages
+
+
+@dataclass
+class ImproverConfig:
+    """Training of the improver; null takes the run's own value."""
+
+    num_prompts: int | None = None
+    """Train the improver on the first rows only; null uses all."""
+    max_epochs: int = 3
+    global_batch_size: int | None = None
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+
+    def check(self, cfg: RunConfig) -> None:
+        """Raise ConfigError for settings out of range."""
+        for name in ("num_prompts", "max_epochs", "global_batch_size"):
+            if getattr(self, name) is not None:
+                check_positive(f"algorithm.improver.{name}", getattr(self, name))
+        check_optim("algorithm.improver.optim", self.optim)
 
 
 def instruction_text(row: Demonstration) -> str:
@@ -84,7 +105,10 @@ def refinement_prompts(
     replies: Sequence[Completion],
     template_name: str,
 ) -> list[tuple[str, TokenIds]]:
-    """(id, prompt) that ask the policy to improve its own reply with the reference beside it."""
+    """(id, prompt) that ask the policy to improve its own reply with the reference beside it.
+
+    A prompt that leaves no room for an answer is left out; its row makes no pair.
+    """
     template = run.template(template_name, frozenset({"instruction", "response", "reference"}))
     prompts = []
     for row, reply in zip(rows, replies, strict=True):
@@ -93,5 +117,7 @@ def refinement_prompts(
             response=run.tokenizer.decode(reply.token_ids),
             reference=row.response,
         )
-        prompts.append((row.id, run.encode_user(row, text)))
+        prompt = run.encode_user(row, text)
+        if run.fits(prompt):
+            prompts.append((row.id, prompt))
     return prompts

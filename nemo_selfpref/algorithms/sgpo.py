@@ -7,6 +7,7 @@ would learn to copy (section 3.1).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from nemo_selfpref.algorithms.base import (
     Algorithm,
@@ -15,21 +16,16 @@ from nemo_selfpref.algorithms.base import (
     check_positive,
     register,
 )
-from nemo_selfpref.algorithms.improver import improver_rows, refinement_prompts, target_requests
-from nemo_selfpref.config.schema import AlgorithmConfig, OptimConfig, RunConfig
+from nemo_selfpref.algorithms.improver import (
+    ImproverConfig,
+    improver_rows,
+    refinement_prompts,
+    target_requests,
+)
+from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
 from nemo_selfpref.objectives.objective import DPOObjective, SFTObjective
 from nemo_selfpref.pairing.builders import PairLimits, improved_over_draft
-from nemo_selfpref.rollout.targets import TargetsConfig, make_teacher
-
-
-@dataclass
-class ImproverConfig:
-    num_prompts: int | None = None
-    """Train the improver on the first rows only; null uses all."""
-    max_epochs: int = 3
-    global_batch_size: int | None = None
-    """Null takes model.global_batch_size."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+from nemo_selfpref.rollout.targets import TargetsConfig, check_targets, make_teacher
 
 
 @dataclass
@@ -53,7 +49,8 @@ class SGPO(Algorithm):
 
     def check(self, cfg: RunConfig) -> None:
         check_positive("algorithm.beta", self.config.beta)
-        make_teacher(self.config.targets)
+        check_targets(self.config.targets)
+        self.config.improver.check(cfg)
 
     def run(self, run: RunContext) -> None:
         cfg, demos = self.config, run.demonstrations()
@@ -61,7 +58,7 @@ class SGPO(Algorithm):
 
         drafts = run.sample("draft", [(d.id, d.prompt_ids) for d in learners])
         questions = target_requests(run, learners, drafts, cfg.target_prompt)
-        answers = run.ask("targets", make_teacher(cfg.targets), questions)
+        answers = run.ask("targets", partial(make_teacher, cfg.targets), questions)
         rows = improver_rows(run, learners, drafts, answers, cfg.improve_prompt)
         settings = TrainSettings(
             cfg.improver.max_epochs, cfg.improver.global_batch_size, cfg.improver.optim
@@ -69,7 +66,8 @@ class SGPO(Algorithm):
         run.train("improver", rows, SFTObjective(), settings)
 
         replies = run.sample("answer", [(d.id, d.prompt_ids) for d in demos])
-        improved = run.sample("improve", refinement_prompts(run, demos, replies, cfg.refine_prompt))
+        prompts = refinement_prompts(run, demos, replies, cfg.refine_prompt)
+        improved = run.sample("improve", prompts)
         limits = PairLimits(run.cfg.data.max_length, cfg.drop_truncated_chosen)
         pairs, report = improved_over_draft(demos, replies, improved, limits)
         run.note("pairs", report)

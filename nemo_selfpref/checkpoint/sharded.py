@@ -115,7 +115,7 @@ class ShardReader:
                 "Use another checkpoint."
             )
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return sorted(self._parts)
 
     def global_shape(self, key: str) -> tuple[int, ...]:

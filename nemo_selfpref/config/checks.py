@@ -40,6 +40,17 @@ def _trainer(cfg: RunConfig) -> Iterator[str]:
     )
     if t.max_steps == 0 or t.max_steps < -1:
         yield f"trainer.max_steps={t.max_steps}: expected a positive number, or -1 for whole epochs"
+    params = cfg.exp_manager.checkpoint_callback_params
+    if params.every_n_train_steps < 0:
+        yield (
+            "exp_manager.checkpoint_callback_params.every_n_train_steps="
+            f"{params.every_n_train_steps}: expected 0 (off) or more"
+        )
+    if params.save_top_k == 0 or params.save_top_k < -1:
+        yield (
+            f"exp_manager.checkpoint_callback_params.save_top_k={params.save_top_k}: expected 1 or "
+            "more, or -1 to keep all"
+        )
     if t.gradient_clip_val < 0:
         yield f"trainer.gradient_clip_val={t.gradient_clip_val}: expected 0 (off) or more"
 

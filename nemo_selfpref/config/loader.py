@@ -68,6 +68,11 @@ def load_config(
 
 def _refuse_additions(cfg: DictConfig, algorithm_configs: dict[str, type[AlgorithmConfig]]) -> None:
     """Hydra's `+key=value` may add what the schema does not have; merging into it tells."""
+    if cfg.algorithm.name not in algorithm_configs:
+        raise ConfigError(
+            f"algorithm.name={cfg.algorithm.name}: expected one of "
+            f"{', '.join(sorted(algorithm_configs))}"
+        )
     schema = OmegaConf.structured(RunConfig)
     schema.algorithm = algorithm_configs[cfg.algorithm.name]
     OmegaConf.merge(schema, OmegaConf.to_container(cfg))

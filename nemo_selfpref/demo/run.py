@@ -65,7 +65,10 @@ def run_demo(out: Path, overrides: Sequence[str], size: DemoSize = DemoSize()) -
                 f"data.train_path=[{data / 'sgpo.jsonl'}]",
                 f"algorithm.targets.endpoint.base_url={url}",
                 f"algorithm.targets.endpoint.model={MODEL}",
-                *(f"algorithm.{n}_prompt={PROMPTS / n}.txt" for n in ("target", "improve", "refine")),
+                *(
+                    f"algorithm.{n}_prompt={PROMPTS / n}.txt"
+                    for n in ("target", "improve", "refine")
+                ),
                 *overrides,
             ],
         )
@@ -76,7 +79,7 @@ def run_demo(out: Path, overrides: Sequence[str], size: DemoSize = DemoSize()) -
 
 
 def write_data(folder: Path, size: DemoSize) -> Path:
-    """Rows for both trainings, held-out prompts and the tokenizer; no instruction is in two sets."""
+    """Rows for both trainings, held-out prompts, tokenizer; no instruction is in two sets."""
     from nemo_selfpref.data.sentencepiece_tokenizer import train_sentencepiece
 
     held_out = make_instructions(_HELD_OUT, _SEED)
@@ -91,7 +94,7 @@ def write_data(folder: Path, size: DemoSize) -> Path:
     for name, texts in (("held_out", held_out), ("development", development)):
         _write_jsonl(folder / f"{name}.jsonl", [{"prompt": text} for text in texts])
     texts = [value for row in rows for value in row.values()]
-    train_sentencepiece(texts, 400, str(folder / "tokenizer"))
+    train_sentencepiece(texts, 384, str(folder / "tokenizer"))
     return folder
 
 

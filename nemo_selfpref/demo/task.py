@@ -1,8 +1,8 @@
 """The demo's task: small instructions over lists of words, with an oracle.
 
-An instruction names one operation (the last three, every second, only the animals, ...) and a list of
-words. The oracle knows the right answer, so every answer has a score in [0, 1]: one minus the word
-edit distance to the right answer, as a share of the longer of the two.
+An instruction names one operation (repeat, only the animals, all but the tools, ...) and a list of
+words. The oracle knows the right answer, so every answer has a score in [0, 1]: one minus the
+word edit distance to the right answer, as a share of the longer of the two.
 
 The starting model learns from careless demonstrations, half of them with a word lost, repeated or
 added or with chatter around the answer, and becomes as careless; alignment has to undo that.
@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CATEGORIES = {
-    "animals": "cat dog horse cow sheep goat lion tiger bear wolf fox mouse".split(),
-    "colours": "red blue green yellow black white brown pink purple orange grey gold".split(),
-    "foods": "bread rice apple pear soup cheese cake bean corn plum egg nut".split(),
-    "tools": "hammer saw drill nail screw rope ladder axe knife spoon brush needle".split(),
+    "animals": ["cat", "dog", "horse", "cow", "sheep", "lion", "bear", "wolf"],
+    "colours": ["red", "blue", "green", "yellow", "black", "white", "brown", "pink"],
+    "foods": ["bread", "rice", "apple", "pear", "soup", "cheese", "cake", "bean"],
+    "tools": ["hammer", "saw", "drill", "nail", "rope", "ladder", "axe", "spoon"],
 }
 WORDS = sorted(word for words in CATEGORIES.values() for word in words)
 _CATEGORY_OF = {word: name for name, words in CATEGORIES.items() for word in words}
-_MIN_WORDS, _MAX_WORDS = 4, 8
+_MIN_WORDS, _MAX_WORDS = 4, 7
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ def _only(category: str) -> Callable[[Sequence[str]], list[str]]:
     return lambda words: [w for w in words if _CATEGORY_OF[w] == category]
 
 
+def _without(category: str) -> Callable[[Sequence[str]], list[str]]:
+    return lambda words: [w for w in words if _CATEGORY_OF[w] != category]
+
+
 OPERATIONS = [
-    Operation("Write the first three words", lambda words: list(words[:3])),
-    Operation("Write the last three words", lambda words: list(words[-3:])),
-    Operation("Write every second word", lambda words: list(words[1::2])),
+    Operation("Repeat these words", list),
     *(Operation(f"Write only the {name}", _only(name)) for name in CATEGORIES),
+    *(Operation(f"Leave out the {name}", _without(name)) for name in CATEGORIES),
 ]
 _BY_PHRASE = {operation.phrase: operation for operation in OPERATIONS}
 _INSTRUCTION = re.compile(r"([^:]+): ([a-z ]+)\.")

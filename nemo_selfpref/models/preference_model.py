@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_selfpref.config.schema import OptimConfig
 from nemo_selfpref.data.batching import PackedBatch, StepPlan, micro_batches
+from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.megatron.optim import PolicyOptimizer, make_scheduler
 from nemo_selfpref.megatron.policy import Policy, ReferenceLogps
 from nemo_selfpref.models.nemo_adapter import ModelPT
@@ -117,6 +119,13 @@ class MegatronGPTPreferenceModel(ModelPT):
         optimizer: Any = self.optimizers()
         learning_rate = optimizer.param_groups[0]["lr"]
         metrics = self.policy.train_batch(batch, self.stage.objective, self.stage.reference)
+        if not math.isfinite(metrics["loss"]):
+            rows = sorted(n for micro_batch in batch for n in micro_batch.rows)
+            raise TrainingError(
+                f"stage {self.stage.name}, step {self.trainer.global_step + 1}: the loss is "
+                f"{metrics['loss']}. Rows of this replica in the batch: {rows}. The weights were "
+                "not changed; lower the learning rate, or look at those rows."
+            )
         optimizer.step()
         schedulers: Any = self.lr_schedulers()
         schedulers.step()

@@ -30,10 +30,18 @@ def improved_over_draft(
     improved: Sequence[Completion],
     limits: PairLimits,
 ) -> tuple[list[PreferencePair], DropReport]:
-    """Pairs (x, improved chosen, draft rejected), conditioned on the plain prompt (SGPO, eq. 5)."""
+    """Pairs (x, improved chosen, draft rejected), conditioned on the plain prompt (SGPO, eq. 5).
+
+    A demonstration whose id is not among `improved` had no room for a refinement; it is counted.
+    """
     report = DropReport()
     pairs = []
-    for demo, draft, better in zip(demonstrations, drafts, improved, strict=True):
+    improved_of = {completion.id: completion for completion in improved}
+    for demo, draft in zip(demonstrations, drafts, strict=True):
+        better = improved_of.get(demo.id)
+        if better is None:
+            report.drop("refinement_prompt_too_long", demo.source)
+            continue
         reason = _fault(demo.prompt_ids, draft, better, limits)
         if reason is not None:
             report.drop(reason, demo.source)

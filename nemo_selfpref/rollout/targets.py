@@ -7,7 +7,7 @@ from enum import Enum
 
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.rollout.endpoint import EndpointTeacher
-from nemo_selfpref.rollout.endpoint_config import EndpointConfig
+from nemo_selfpref.rollout.endpoint_config import EndpointConfig, api_key, checked_url
 from nemo_selfpref.rollout.teacher import FileTeacher, Teacher
 
 
@@ -20,28 +20,32 @@ class TargetSource(Enum):
 class TargetsConfig:
     source: TargetSource = TargetSource.endpoint
     path: str | None = None
-    """For source=file: JSONL of {"id", "answer"}. The run writes the questions to
-    RUN/target_requests.jsonl, so they can be answered offline."""
+    """For source=file: JSONL of {"id", "answer"}. The run writes its questions to
+    RUN/stages/02-targets/requests.jsonl, so they can be answered offline."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
 
-def make_teacher(config: TargetsConfig) -> Teacher:
-    """The configured source of answers.
-
-    Raises:
-        ConfigError: a setting that the source needs is missing.
-    """
+def check_targets(config: TargetsConfig) -> None:
+    """Raise ConfigError for settings the source cannot work with; opens and sends nothing."""
     if config.source is TargetSource.file:
         if config.path is None:
             raise ConfigError(
                 "algorithm.targets.source=file needs algorithm.targets.path, a JSONL file of "
                 'rows {"id": ..., "answer": ...}'
             )
+        return
+    try:
+        checked_url(config.endpoint)
+        api_key(config.endpoint.api_key_env)
+    except ConfigError as error:
+        raise ConfigError(
+            f"algorithm.targets.endpoint.{error} (or use algorithm.targets.source=file)"
+        ) from None
+
+
+def make_teacher(config: TargetsConfig) -> Teacher:
+    """The configured source of answers, settings checked."""
+    check_targets(config)
+    if config.path is not None and config.source is TargetSource.file:
         return FileTeacher(config.path)
-    for name in ("base_url", "model"):
-        if not getattr(config.endpoint, name):
-            raise ConfigError(
-                f"algorithm.targets.endpoint.{name} is not set: give the OpenAI-compatible "
-                "endpoint that writes the target answers, or use algorithm.targets.source=file"
-            )
     return EndpointTeacher(config.endpoint)

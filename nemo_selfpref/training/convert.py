@@ -5,25 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_selfpref.checkpoint.export import export_checkpoint
-from nemo_selfpref.checkpoint.training_state import is_checkpoint, save_weights
+from nemo_selfpref.checkpoint.files import read_json
+from nemo_selfpref.checkpoint.training_state import is_checkpoint, read_manifest, save_weights
 from nemo_selfpref.checkpoint.verify import verify_export
-from nemo_selfpref.config.schema import AlgorithmConfig, DataConfig, ModelConfig, RunConfig
+from nemo_selfpref.config.schema import (
+    AlgorithmConfig,
+    DataConfig,
+    ModelConfig,
+    Precision,
+    RunConfig,
+    TrainerConfig,
+)
 from nemo_selfpref.errors import CheckpointError, ConfigError
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.training.session import Start, build_policy, find_start
 
 
 def single_process_policy(folder: Path) -> tuple[Policy, Start]:
-    """The model of a Hugging Face folder or checkpoint on this one process."""
+    """The model of a Hugging Face folder or checkpoint on this one process, in its precision."""
     cfg = RunConfig(
         name="convert",
         model=ModelConfig(restore_from_path=str(folder)),
         data=DataConfig(train_path=[], max_length=2, max_prompt_length=1),
         algorithm=AlgorithmConfig(name="none"),
+        trainer=TrainerConfig(precision=_precision(folder)),
     )
     start = find_start(cfg)
     policy, _ = build_policy(cfg, start)
     return policy, start
+
+
+def _precision(folder: Path) -> Precision:
+    if is_checkpoint(folder):
+        return Precision(read_manifest(folder)["precision"])
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    half = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")
+    return Precision.bf16 if half else Precision.fp32
 
 
 def import_hf(hf: Path, out: Path) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
+from nemo_selfpref.checkpoint.files import write_text
 from nemo_selfpref.checkpoint.training_state import is_checkpoint
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.models.nemo_adapter import exp_manager
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
 from nemo_selfpref.models.strategy import MegatronStrategy
 from nemo_selfpref.monitor.console import Console
+
+METRICS = "metrics.jsonl"
 
 
 def fit_stage(
@@ -33,11 +36,21 @@ def fit_stage(
     newest = newest_checkpoint(folder)
     if newest is not None:
         model.batches.start = step_of(newest)
+    if model.policy.layout.is_main:
+        _forget_steps_after(folder / METRICS, model.batches.start)
     recorder = _Recorder(folder, cfg, model, console, stage)
     trainer = _trainer(model, stage, cfg, folder, recorder)
     model.set_trainer(trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
     return recorder.result()
+
+
+def _forget_steps_after(path: Path, step: int) -> None:
+    """Drop recorded steps that are about to be done again, and a line cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    write_text(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -100,7 +113,6 @@ class _Recorder(pl.Callback):
         self.folder, self.params = folder, cfg.exp_manager.checkpoint_callback_params
         self.model, self.console, self.stage = model, console, stage
         self.every = cfg.trainer.log_every_n_steps
-        self.tokens = 0.0
         self._bar: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,11 +122,10 @@ class _Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         metrics = {"step": trainer.global_step, **self.model.last_metrics}
-        self.tokens += metrics["tokens"]
         self._bar(1, int(metrics["tokens"]), loss=metrics["loss"])
         if self.model.policy.layout.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(metrics) + "\n")
         if metrics["step"] % self.every == 0 or metrics["step"] == self.stage.plan.num_steps:
             self.console.metrics(self.stage.name, self.stage.plan.num_steps, metrics)
@@ -139,5 +150,10 @@ class _Recorder(pl.Callback):
             self._context.__exit__(None, None, None)
 
     def result(self) -> dict[str, float]:
-        """Last metrics, and the tokens this process trained on in the stage."""
-        return {**self.model.last_metrics, "tokens": self.tokens}
+        """Last metrics, and the tokens of the whole stage, also of steps before a resume."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return {
+            **self.model.last_metrics,
+            "tokens": sum(json.loads(line)["tokens"] for line in lines),
+        }

@@ -8,7 +8,7 @@ of being computed, and a training stage continues from its newest checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from nemo_selfpref.megatron.parallel import (
     barrier,
     pipeline_group,
     replica_group,
-    world_group,
 )
 from nemo_selfpref.megatron.policy import Policy, ReferenceLogps
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
@@ -63,6 +62,8 @@ from nemo_selfpref.types import (
     TrainingRow,
     WeightSet,
 )
+
+_POLL_SECONDS = 0.5
 
 
 class Run:
@@ -159,26 +160,38 @@ class Run:
             for total, length in zip(saved["sums"].tolist(), saved["lengths"].tolist(), strict=True)
         ]
 
+    def fits(self, prompt: TokenIds) -> bool:
+        longest = self.policy.arch.max_position_embeddings
+        return len(prompt) + self.cfg.rollout.max_new_tokens <= longest
+
     def ask(
-        self, name: str, teacher: Teacher, requests: Sequence[TeacherRequest]
+        self, name: str, make_teacher: Callable[[], Teacher], requests: Sequence[TeacherRequest]
     ) -> dict[str, str]:
         stage = self.folder.stage(name)
-        answers: dict[str, str] = {}
         if self.policy.layout.is_main:
-            answers = self._ask(name, stage, teacher, requests)
-        # Every rank trains on the same answers; only the first asks for them.
-        return all_gather_json(answers, world_group(), self.policy.platform.device())[0]
+            self._ask(name, stage, make_teacher, requests)
+        # An external model may take longer than a collective is allowed to wait, so the other
+        # ranks watch for the file; the launcher ends them if the first rank fails.
+        while not is_done(stage):
+            time.sleep(_POLL_SECONDS)
+        barrier()
+        return read_json(stage / "answers.json")
 
     def _ask(
-        self, name: str, stage: Path, teacher: Teacher, requests: Sequence[TeacherRequest]
-    ) -> dict[str, str]:
+        self,
+        name: str,
+        stage: Path,
+        make_teacher: Callable[[], Teacher],
+        requests: Sequence[TeacherRequest],
+    ) -> None:
         if is_done(stage):
             self.summary.append(done_facts(stage))
             self.console.skipped(name)
-            return read_json(stage / "answers.json")
+            return
         stage.mkdir(parents=True, exist_ok=True)
         write_requests(stage / "requests.jsonl", requests)
         self.console.say(f"{name}: {len(requests)} questions, in {stage / 'requests.jsonl'}")
+        teacher = make_teacher()
         estimate = getattr(teacher, "estimate_tokens", None)
         if estimate is not None:
             self.console.say(f"{name}: about {estimate(requests):,} prompt tokens to send")
@@ -196,7 +209,6 @@ class Run:
         facts = {"stage": name, "answers": len(answers), **(vars(cost()) if cost else {})}
         mark_done(stage, facts)
         self.summary.append(facts)
-        return answers
 
     # -- training -----------------------------------------------------------------------------
 

@@ -48,8 +48,8 @@ class RunFolder:
         self.path = path
         self._count = 0
 
-    def open(self, cfg: DictConfig, resume: bool, is_main: bool) -> None:
-        """Create the folder, or continue in it.
+    def open(self, cfg: DictConfig, resume: bool) -> None:
+        """Create the folder, or continue in it. One rank of a run calls this.
 
         Raises:
             ConfigError: it exists and may not be continued, or was made with other settings.
@@ -62,7 +62,7 @@ class RunFolder:
                     "exp_manager.resume_if_exists=true."
                 )
             _check_same(saved, cfg)
-        elif is_main:
+        else:
             write_text(saved, OmegaConf.to_yaml(cfg))
 
     def stage(self, name: str) -> Path:

@@ -18,7 +18,9 @@ from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
 
 if TYPE_CHECKING:
+    from nemo_selfpref.megatron.policy import Policy
     from nemo_selfpref.training.run import Run
+    from nemo_selfpref.training.store import RunFolder
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def train(cfg: DictConfig) -> Outcome:
         f"{sum(p.numel() for p in policy.module.parameters()):,} weights a rank"
     )
     folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
-    folder.open(cfg, typed.exp_manager.resume_if_exists, layout.is_main)
+    _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy)
     run = Run(cfg, policy, start.tokenizer, folder, console)
     pick_algorithm(typed).run(run)
     checkpoint = run.save_final()
@@ -89,6 +91,21 @@ def train(cfg: DictConfig) -> Outcome:
         console.say(f"HF export   {hf or 'off (export.hf=false)'}")
         console.say(f"log         {folder.path / 'stages'} (metrics.jsonl, TensorBoard logs)")
     return Outcome(folder.path, checkpoint, hf)
+
+
+def _open_together(folder: RunFolder, cfg: DictConfig, resume: bool, policy: Policy) -> None:
+    """The first rank opens the folder; a refusal reaches every rank."""
+    from nemo_selfpref.megatron.parallel import all_gather_json, world_group
+
+    refusal = None
+    if policy.layout.is_main:
+        try:
+            folder.open(cfg, resume)
+        except ConfigError as error:
+            refusal = str(error)
+    refusal = all_gather_json(refusal, world_group(), policy.platform.device())[0]
+    if refusal is not None:
+        raise ConfigError(refusal)
 
 
 def _export(cfg: RunConfig, run: Run, checkpoint: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class ScriptedRun:
     trained: list[Training] = field(default_factory=list)
     scored: list[tuple[str, str]] = field(default_factory=list)
     notes: dict[str, DropReport] = field(default_factory=dict)
+    longest_prompt: int = 10**9
 
     def demonstrations(self) -> list[Demonstration]:
         return self.demos
@@ -85,12 +86,15 @@ class ScriptedRun:
         self.scored += texts
         return [self.ppl.get(response, 2.0) for _, response in texts]
 
+    def fits(self, prompt: TokenIds) -> bool:
+        return len(prompt) <= self.longest_prompt
+
     def ask(
-        self, name: str, teacher: Teacher, requests: Sequence[TeacherRequest]
+        self, name: str, make_teacher: Callable[[], Teacher], requests: Sequence[TeacherRequest]
     ) -> dict[str, str]:
         self.stages.append(name)
         self.asked += requests
-        return teacher.answer(requests)
+        return make_teacher().answer(requests)
 
     def train(
         self,

@@ -159,3 +159,13 @@ def test_a_system_message_stays_outside_the_slots(tokenizer: ChatTokenizer, tmp_
     # The system turn opens the improver's prompt and the refinement prompt, once.
     assert run.tokenizer.decode(run.trained[0].rows[0].prompt_ids).count("be brief") == 1
     assert run.prompts["improve"]["r1"].count("be brief") == 1
+
+
+def test_a_refinement_prompt_without_room_costs_only_its_pair(
+    run: ScriptedRun, tmp_path: Path
+) -> None:
+    run.replies["answer"] = {"r2": "word " * 1000}
+    run.longest_prompt = 1000
+    method(tmp_path).run(run)
+    assert [row.id for row in run.trained[1].rows] == ["r1", "r3", "r4"]
+    assert run.notes["pairs"].dropped == {"refinement_prompt_too_long": 1}

@@ -58,7 +58,7 @@ def test_beyond_the_end_there_are_zeros(folder: Path) -> None:
 def test_scalars(folder: Path) -> None:
     reader = ShardReader(folder)
     assert reader.read("scalar", (), ()).item() == 3.5
-    assert reader.keys() == ["scalar", "w"]
+    assert reader.names() == ["scalar", "w"]
     assert reader.global_shape("w") == (6, 4) and reader.global_shape("scalar") == ()
 
 
@@ -166,4 +166,4 @@ def test_state_of_a_policy_is_saved_whole(policy: Policy, tmp_path: Path) -> Non
         shape = tuple(parameter.shape)
         got = reader.read(name, (0,) * len(shape), shape)
         assert torch.equal(got, parameter.detach()), name
-    assert len(reader.keys()) == len(list(policy.module.parameters()))
+    assert len(reader.names()) == len(list(policy.module.parameters()))

@@ -23,12 +23,20 @@ METRIC_TOLERANCE = 2e-4
 GRADIENT_TOLERANCE = 2e-5
 
 
-def run(processes: int, *arguments: str) -> None:
+def run(processes: int, *arguments: str, cuda: bool = False) -> None:
     command = [sys.executable, str(WORKER), *arguments]
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
         command = [sys.executable, *launcher, *command[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not cuda:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -53,7 +61,7 @@ def found(folder: Path) -> dict:
 def worst_difference(ours: Path, theirs: Path) -> float:
     one, two = ShardReader(ours), ShardReader(theirs)
     worst = 0.0
-    for key in one.keys():
+    for key in one.names():
         shape = one.global_shape(key)
         zero = (0,) * len(shape)
         difference = one.read(key, zero, shape) - two.read(key, zero, shape)
@@ -85,8 +93,11 @@ def test_gradient_norm_and_clipped_step(results: dict[str, Path], layout: str) -
     assert other == pytest.approx(one, rel=1e-4)
     # Adam's first step moves every weight by lr * sign(g): where g is rounding noise the sign is
     # too, so compare the mean movement, which such weights cannot hide a wrong gradient in.
-    first, second = ShardReader(results["one"] / "stepped"), ShardReader(results[layout] / "stepped")
-    for key in first.keys():
+    first, second = (
+        ShardReader(results["one"] / "stepped"),
+        ShardReader(results[layout] / "stepped"),
+    )
+    for key in first.names():
         shape = first.global_shape(key)
         zero = (0,) * len(shape)
         gap = (first.read(key, zero, shape) - second.read(key, zero, shape)).abs()
@@ -98,3 +109,18 @@ def test_scores_and_sampled_tokens(results: dict[str, Path], layout: str) -> Non
     one, other = found(results["one"]), found(results[layout])
     assert torch.tensor(other["scores"]) == pytest.approx(torch.tensor(one["scores"]), abs=2e-4)
     assert other["generated"] == one["generated"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none answers here")
+def test_cuda_against_cpu(llama_folder: Path, tmp_path: Path) -> None:
+    """The same worker on the GPU and, with the GPU hidden, on the CPU."""
+    run(1, str(llama_folder), str(tmp_path / "cpu"), ONE)
+    run(1, str(llama_folder), str(tmp_path / "cuda"), ONE, cuda=True)
+    cpu, cuda = tmp_path / "cpu" / ONE, tmp_path / "cuda" / ONE
+    for name in LOSSES:
+        assert found(cuda)["losses"][name]["loss"] == pytest.approx(
+            found(cpu)["losses"][name]["loss"], rel=1e-3
+        )
+        assert worst_difference(cpu / f"grad-{name}", cuda / f"grad-{name}") < 5e-3
+    assert found(cuda)["norms"] == pytest.approx(found(cpu)["norms"], rel=5e-3)

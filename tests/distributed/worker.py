@@ -99,7 +99,9 @@ def exercise(cfg: RunConfig, out: Path) -> None:
     fill_policy(policy, weights_source(start, 0))
     found = {"generated": generate(policy), "losses": {}, "norms": []}
     rows = make_rows()
-    both = [(r.prompt_ids, r.chosen_ids) for r in rows] + [(r.prompt_ids, r.rejected_ids) for r in rows]
+    both = [(r.prompt_ids, r.chosen_ids) for r in rows] + [
+        (r.prompt_ids, r.rejected_ids) for r in rows
+    ]
     scored = policy.score(both)
     found["scores"] = scored.sums.tolist()
     # A reference other than the policy, so that h and the rewards are not zero.

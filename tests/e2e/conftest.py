@@ -19,9 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def selfpref() -> Selfpref:
     """selfpref(*arguments, status=0): runs the command and checks its exit status."""
 
-    def run(*arguments: object, status: int = 0, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, status: int = 0, timeout: int = 600
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "nemo_selfpref.cli", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=timeout
         )

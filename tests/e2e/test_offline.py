@@ -74,7 +74,9 @@ def test_interrupted_stage_continues_bitwise(
 
     every = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"
     keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
-    arguments = settings(tmp_path, "run", llama_folder, pairs_file, every, keep, "trainer.max_epochs=2")
+    arguments = settings(
+        tmp_path, "run", llama_folder, pairs_file, every, keep, "trainer.max_epochs=2"
+    )
     selfpref("train", "--config-name", "dpo", *arguments)
     run = tmp_path / "run"
     whole = metrics(run)
@@ -94,7 +96,9 @@ def test_interrupted_stage_continues_bitwise(
 def test_changed_settings_are_refused_on_resume(
     selfpref: Selfpref, llama_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    arguments = settings(tmp_path, "run", llama_folder, pairs_file, "trainer.max_steps=1", "export.hf=false")
+    arguments = settings(
+        tmp_path, "run", llama_folder, pairs_file, "trainer.max_steps=1", "export.hf=false"
+    )
     selfpref("train", "--config-name", "dpo", *arguments)
     refused = selfpref("train", "--config-name", "dpo", *arguments, "algorithm.beta=0.5", status=2)
     assert "-algorithm.beta: 0.1" in refused.stderr and "+algorithm.beta: 0.5" in refused.stderr

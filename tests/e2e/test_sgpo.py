@@ -66,7 +66,9 @@ def test_targets_from_a_file(
 
     answers = tmp_path / "targets.jsonl"
     source = ["algorithm.targets.source=file", f"algorithm.targets.path={answers}"]
-    arguments = sgpo_settings(tmp_path, "run", llama_folder, answers_file, *source, "export.hf=false")
+    arguments = sgpo_settings(
+        tmp_path, "run", llama_folder, answers_file, *source, "export.hf=false"
+    )
     stopped = selfpref("train", "--config-name", "sgpo", *arguments, status=2)
     assert "no answer to 20 of 20 requests" in stopped.stderr
     requests = tmp_path / "run" / "stages" / "02-targets" / "requests.jsonl"

@@ -111,7 +111,7 @@ def test_a_step_is_adamw(policy: Policy, decay: float) -> None:
     optimizer.step()
     for name, parameter in policy.module.named_parameters():
         if decay and parameter.dim() == 1:
-            continue
+            continue  # whether norms decay is Megatron's choice, not Adam's
         # In the first step m / (1 - b1) = g and v / (1 - b2) = g^2:
         # w (1 - lr decay) - lr g / (|g| + eps).
         want = before[name] * (1 - 1e-2 * decay)

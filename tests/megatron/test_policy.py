@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny import MakePolicy
 
+from nemo_selfpref.config.schema import OptimConfig
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate, sequences_of
+from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.policy import Policy, ReferenceLogps, _by_tokens
 from nemo_selfpref.objectives.objective import (
     DPOObjective,
@@ -136,9 +138,15 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(
         torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_are_those_of_autograd(policy: Policy) -> None:
-    """SFT over the response tokens, against plain backward on the same module."""
+@pytest.mark.parametrize("steps", [0, 2])
+def test_gradients_are_those_of_autograd(policy: Policy, steps: int) -> None:
+    """SFT over the response tokens, against plain backward on the same module, also once the
+    optimizer has stepped: nothing of earlier gradients may be left."""
     batch = batch_of(0, 1, 2, paired=False)
+    optimizer = PolicyOptimizer(policy, OptimConfig(lr=1e-3), 1.0)
+    for _ in range(steps):
+        gradients(policy, [batch], SFTObjective())
+        optimizer.step()
     got = gradients(policy, [batch], SFTObjective())
     hidden = policy._forward(policy.module, batch)
     loss = -policy.response_logprobs(hidden, batch).sum() / 7  # 3 + 2 + 2 response tokens

@@ -77,11 +77,19 @@ def test_an_answer_cut_after_one_token_is_not_empty() -> None:
 
 def test_rows_stay_in_order_and_drops_add_up() -> None:
     demos = [replace(DEMO, id=str(i), source=f"f:{i}") for i in range(4)]
-    better = [BETTER, DRAFT, replace(BETTER, token_ids=(13, 2)), DRAFT]
+    found = [BETTER, DRAFT, replace(BETTER, token_ids=(13, 2)), DRAFT]
+    better = [replace(completion, id=str(i)) for i, completion in enumerate(found)]
     pairs, report = improved_over_draft(demos, [DRAFT] * 4, better, LIMITS)
     assert [p.id for p in pairs] == ["0", "2"]
     assert report.summary() == "2 kept, dropped identical_pair: 2"
     assert report.examples == {"identical_pair": "f:1"}
+
+
+def test_a_row_without_refinement_is_counted() -> None:
+    demos = [replace(DEMO, id=str(i), source=f"f:{i}") for i in range(2)]
+    pairs, report = improved_over_draft(demos, [DRAFT] * 2, [replace(BETTER, id="1")], LIMITS)
+    assert [p.id for p in pairs] == ["1"]
+    assert report.examples == {"refinement_prompt_too_long": "f:0"}
 
 
 def test_lists_of_unlike_length_are_a_mistake() -> None:

@@ -29,7 +29,7 @@ def config(*overrides: str, name: str = "dpo") -> DictConfig:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run made with the plain settings."""
-    RunFolder(tmp_path / "run").open(config(), resume=True, is_main=True)
+    RunFolder(tmp_path / "run").open(config(), resume=True)
     return tmp_path / "run"
 
 
@@ -41,7 +41,7 @@ def test_the_settings_are_saved_whole(folder: Path) -> None:
 
 def test_the_same_settings_continue(folder: Path) -> None:
     before = (folder / "config.yaml").read_bytes()
-    RunFolder(folder).open(config(), resume=True, is_main=True)
+    RunFolder(folder).open(config(), resume=True)
     assert (folder / "config.yaml").read_bytes() == before
 
 
@@ -61,7 +61,7 @@ def test_other_settings_are_refused_with_their_difference(
     folder: Path, override: str, old: str, new: str
 ) -> None:
     with pytest.raises(ConfigError, match="was made with other settings") as caught:
-        RunFolder(folder).open(config(override), resume=True, is_main=True)
+        RunFolder(folder).open(config(override), resume=True)
     lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
     assert [line[0] for line in lines] == ["-", "+"]
     assert lines[0].endswith(old) and lines[1].endswith(new)
@@ -69,7 +69,7 @@ def test_other_settings_are_refused_with_their_difference(
 
 def test_another_algorithm_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"-algorithm\.beta: 0\.1"):
-        RunFolder(folder).open(config(name="orpo"), resume=True, is_main=True)
+        RunFolder(folder).open(config(name="orpo"), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -91,18 +91,13 @@ def test_another_algorithm_is_refused(folder: Path) -> None:
     ],
 )
 def test_how_a_run_computes_may_change(folder: Path, override: str) -> None:
-    RunFolder(folder).open(config(override), resume=True, is_main=True)
+    RunFolder(folder).open(config(override), resume=True)
     assert "batch_size: 4" in (folder / "config.yaml").read_text()  # the first settings stay
 
 
 def test_an_existing_run_is_not_touched_without_leave(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"exists already.*resume_if_exists=true"):
-        RunFolder(folder).open(config(), resume=False, is_main=True)
-
-
-def test_only_the_first_rank_writes(tmp_path: Path) -> None:
-    RunFolder(tmp_path / "run").open(config(), resume=True, is_main=False)
-    assert not (tmp_path / "run").exists()
+        RunFolder(folder).open(config(), resume=False)
 
 
 def test_stages_are_numbered_in_order() -> None:
