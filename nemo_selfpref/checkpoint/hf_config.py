@@ -18,8 +18,10 @@ def read_architecture(folder: Path) -> ArchitectureConfig:
     Raises:
         CheckpointError: not a Llama, or a Llama with a part this project does not build.
     """
-    config = read_json(folder / "config.json")
     where = folder / "config.json"
+    config = read_json(where)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: expected an object, got {type(config).__name__}")
     if config.get("model_type") != "llama":
         raise CheckpointError(
             f"{where}: model_type is {config.get('model_type')!r}; "
@@ -30,43 +32,51 @@ def read_architecture(folder: Path) -> ArchitectureConfig:
         ("attention_bias", False),
         ("mlp_bias", False),
         ("pretraining_tp", 1),
+        ("partial_rotary_factor", 1.0),
     ):
         if config.get(name, expected) != expected:
             raise CheckpointError(
                 f"{where}: {name}={config[name]!r}; only {expected!r} is supported"
             )
-    heads = _required(config, "num_attention_heads", where)
-    hidden = _required(config, "hidden_size", where)
+    heads = _integer(config, "num_attention_heads", where)
+    hidden = _integer(config, "hidden_size", where)
     theta, scaling = _rope(config, where)
     return ArchitectureConfig(
-        num_layers=_required(config, "num_hidden_layers", where),
+        num_layers=_integer(config, "num_hidden_layers", where),
         hidden_size=hidden,
-        ffn_hidden_size=_required(config, "intermediate_size", where),
+        ffn_hidden_size=_integer(config, "intermediate_size", where),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or hidden // heads,
-        vocab_size=_required(config, "vocab_size", where),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        num_query_groups=_integer(config, "num_key_value_heads", where, heads),
+        kv_channels=_integer(config, "head_dim", where, hidden // heads),
+        vocab_size=_integer(config, "vocab_size", where),
+        max_position_embeddings=_integer(config, "max_position_embeddings", where, 2048),
         rotary_base=theta,
         rope_scaling=scaling,
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-        share_embeddings_and_output_weights=config.get("tie_word_embeddings", False),
-        init_method_std=config.get("initializer_range", 0.02),
+        layernorm_epsilon=_number(config, "rms_norm_eps", where, 1e-6),
+        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings")),
+        init_method_std=_number(config, "initializer_range", where, 0.02),
     )
 
 
-def _required(config: dict[str, Any], name: str, where: Path) -> int:
-    value = config.get(name)
-    if not isinstance(value, int):
-        raise CheckpointError(f"{where}: {name} is {value!r}; expected an integer")
+def _integer(config: dict[str, Any], name: str, where: Path, default: int | None = None) -> int:
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{where}: {name} is {value!r}; expected a positive integer")
     return value
+
+
+def _number(config: dict[str, Any], name: str, where: Path, default: float | None = None) -> float:
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise CheckpointError(f"{where}: {name} is {value!r}; expected a positive number")
+    return float(value)
 
 
 def _rope(config: dict[str, Any], where: Path) -> tuple[float, RopeScalingConfig]:
     """Rotary base and scaling, from either spelling (rope_theta + rope_scaling of transformers 4,
     rope_parameters of transformers 5)."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = _number({"rope_theta": config.get("rope_theta"), **rope}, "rope_theta", where, 10000.0)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _ROPE_TYPES:
         raise CheckpointError(
@@ -74,11 +84,12 @@ def _rope(config: dict[str, Any], where: Path) -> tuple[float, RopeScalingConfig
         )
     if rope_type == "default":
         return theta, RopeScalingConfig()
-    scaling = RopeScalingConfig(rope_type=rope_type, factor=float(rope["factor"]))
+    scaling = RopeScalingConfig(rope_type=rope_type, factor=_number(rope, "factor", where))
     if rope_type == "llama3":
-        scaling.low_freq_factor = float(rope["low_freq_factor"])
-        scaling.high_freq_factor = float(rope["high_freq_factor"])
-        scaling.original_max_position_embeddings = int(rope["original_max_position_embeddings"])
+        scaling.low_freq_factor = _number(rope, "low_freq_factor", where)
+        scaling.high_freq_factor = _number(rope, "high_freq_factor", where)
+        original = "original_max_position_embeddings"
+        scaling.original_max_position_embeddings = _integer(rope, original, where)
     return theta, scaling
 
 

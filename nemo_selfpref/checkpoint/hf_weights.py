@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.files import read_json
@@ -117,9 +119,9 @@ class HuggingFaceSource:
         self._shapes = megatron_shapes(arch)
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self._files: dict[str, str] = read_json(index)["weight_map"]
+            self._files: dict[str, str] = self._weight_map(index)
         elif (folder / "model.safetensors").exists():
-            with safe_open(folder / "model.safetensors", framework="pt") as handle:
+            with self._open("model.safetensors") as handle:
                 self._files = dict.fromkeys(handle.keys(), "model.safetensors")
         else:
             raise CheckpointError(
@@ -127,10 +129,29 @@ class HuggingFaceSource:
                 "Save it with safe_serialization=True."
             )
 
+    @staticmethod
+    def _weight_map(index: Path) -> dict[str, str]:
+        found = read_json(index)
+        if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+            raise CheckpointError(f"{index} holds no weight_map: the folder is damaged")
+        return found["weight_map"]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        path = self.folder / name
+        try:
+            with safe_open(path, framework="pt") as handle:
+                yield handle
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}): the folder is damaged"
+            ) from error
+
     def fetch(self, name: str) -> Tensor:
+        """One Hugging Face tensor."""
         if name not in self._files:
             raise CheckpointError(f"{self.folder} holds no tensor {name}")
-        with safe_open(self.folder / self._files[name], framework="pt") as handle:
+        with self._open(self._files[name]) as handle:
             return handle.get_tensor(name)
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:

@@ -129,6 +129,10 @@ def check_optim(where: str, optim: OptimConfig) -> None:
         problems.append(f"{where}.weight_decay={optim.weight_decay}: expected 0 or more")
     if not 0 <= optim.sched.warmup_ratio < 1:
         problems.append(f"{where}.sched.warmup_ratio={optim.sched.warmup_ratio}: expected [0, 1)")
+    if optim.sched.warmup_steps < 0:
+        problems.append(
+            f"{where}.sched.warmup_steps={optim.sched.warmup_steps}: expected 0 or more"
+        )
     if optim.sched.warmup_steps and optim.sched.warmup_ratio:
         problems.append(f"{where}.sched: give warmup_steps or warmup_ratio, not both")
     if not 0 <= optim.sched.min_lr <= optim.lr:

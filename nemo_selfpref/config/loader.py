@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nemo_selfpref.config.paths import conf_dir
 from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
@@ -56,7 +57,7 @@ def load_config(
             cfg = compose(config_name, overrides=[*extra, *overrides])
         OmegaConf.resolve(cfg)
         _refuse_additions(cfg, algorithm_configs)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error, overrides, algorithm_configs)) from error
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -110,6 +111,8 @@ def _explain(
     found = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
         r"Could not override '([^']+)'", text
     )
+    if found and "data.columns" in text:
+        return "data.columns is a table of your own: write +data.columns.THEIR_NAME=OUR_NAME"
     if found:
         full = re.search(r"full_key: (\S+)", text)
         key = full.group(1) if full else found.group(1)

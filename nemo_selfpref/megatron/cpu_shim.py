@@ -71,8 +71,6 @@ PATCHES: dict[str, tuple[Callable[..., Any], str]] = {
         "tensor_parallel/layers.py, p2p_communication.py",
     ),
     "torch.cuda.synchronize": (_nothing, "p2p_communication.py"),
-    "torch.cuda.nvtx.range_push": (_nothing, "utils.py: nvtx_range_push"),
-    "torch.cuda.nvtx.range_pop": (_nothing, "utils.py: nvtx_range_pop"),
     "torch.cuda.get_rng_state": (_get_rng_state, "tensor_parallel/random.py"),
     "torch.cuda.manual_seed": (_manual_seed, "tensor_parallel/random.py"),
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": (

@@ -34,6 +34,9 @@ class PolicyOptimizer(torch.optim.Optimizer):
         )
         with device_scope():
             self.inner = get_megatron_optimizer(settings, [policy.ddp])
+        # Megatron marks norms with wd_mult 0, which only its own scheduler would apply.
+        for group in self.inner.param_groups:
+            group["weight_decay"] *= group["wd_mult"]
         # torch's constructor would put every parameter into one group of its own; the groups,
         # state and defaults of this optimizer are Megatron's.
         self.defaults = {"lr": config.lr}

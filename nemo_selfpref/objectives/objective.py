@@ -131,7 +131,8 @@ class IPOObjective(Objective):
 
     def __call__(self, logps: Mapping[Pass, PairLogps]) -> Loss:
         policy, ref = logps[Pass.POLICY], logps[Pass.REFERENCE]
-        chosen, rejected = policy.chosen - ref.chosen, policy.rejected - ref.rejected
+        chosen = losses.widen(policy.chosen) - losses.widen(ref.chosen)
+        rejected = losses.widen(policy.rejected) - losses.widen(ref.rejected)
         if self.length_normalized:
             chosen, rejected = chosen / policy.chosen_len, rejected / policy.rejected_len
         h = chosen - rejected
@@ -156,8 +157,8 @@ class ORPOObjective(Objective):
 
     def __call__(self, logps: Mapping[Pass, PairLogps]) -> Loss:
         policy = logps[Pass.POLICY]
-        mean_chosen = policy.chosen / policy.chosen_len
-        mean_rejected = policy.rejected / policy.rejected_len
+        mean_chosen = losses.widen(policy.chosen) / policy.chosen_len
+        mean_rejected = losses.widen(policy.rejected) / policy.rejected_len
         nll = -mean_chosen
         if self.nll_scope is NLLScope.full:
             nll = -policy.full_chosen / policy.full_chosen_len

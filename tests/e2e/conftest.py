@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Selfpref = Callable[..., subprocess.CompletedProcess[str]]
-ROOT = Path(__file__).resolve().parents[2]
+from small_runs import Selfpref, write_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +27,6 @@ def selfpref() -> Selfpref:
         return done
 
     return run
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -59,27 +50,3 @@ def answers_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     rows = [{"prompt": t, "completion": oracle(t)} for t in make_instructions(10, seed=11)]
     return write_jsonl(tmp_path_factory.mktemp("data") / "answers.jsonl", rows)
-
-
-def settings(folder: Path, name: str, model: Path, data: Path, *more: str) -> list[str]:
-    """Arguments of a small, quick run."""
-    return [
-        f"name={name}",
-        f"exp_manager.exp_dir={folder}",
-        "exp_manager.create_tensorboard_logger=false",
-        f"model.restore_from_path={model}",
-        f"data.train_path=[{data}]",
-        "data.max_length=250",
-        "data.max_prompt_length=200",
-        "model.micro_batch_size=2",
-        "model.global_batch_size=8",
-        "model.optim.lr=1e-3",
-        "trainer.log_every_n_steps=1",
-        *more,
-    ]
-
-
-def metrics(run: Path, stage: str = "policy") -> list[dict]:
-    """The steps a stage recorded."""
-    path = next((run / "stages").glob(f"*-{stage}")) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]

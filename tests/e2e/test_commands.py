@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import Selfpref
 from safetensors.torch import load_file
+from small_runs import Selfpref
 
 
 def test_import_export_generate(selfpref: Selfpref, llama_folder: Path, tmp_path: Path) -> None:

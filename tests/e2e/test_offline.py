@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import Selfpref, metrics, settings
+from small_runs import Selfpref, metrics, settings
 
 
 def test_dpo_from_rows_to_hugging_face(

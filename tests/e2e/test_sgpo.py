@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Selfpref, settings
+from small_runs import Selfpref, settings
 
 from nemo_selfpref.demo.run import PROMPTS
 from nemo_selfpref.demo.teacher import MODEL, serving

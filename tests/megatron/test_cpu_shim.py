@@ -105,3 +105,7 @@ def test_the_scope_ends() -> None:
         pass
     with pytest.raises((AssertionError, RuntimeError), match=WANTS_CUDA):
         torch.zeros(1, device="cuda")
+
+
+def test_every_patch_has_a_need() -> None:
+    assert set(NEEDED_FOR) == set(PATCHES)

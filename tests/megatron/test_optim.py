@@ -110,11 +110,10 @@ def test_a_step_is_adamw(policy: Policy, decay: float) -> None:
     grads = gradients(policy)
     optimizer.step()
     for name, parameter in policy.module.named_parameters():
-        if decay and parameter.dim() == 1:
-            continue  # whether norms decay is Megatron's choice, not Adam's
+        shrink = 0.0 if parameter.dim() == 1 else decay  # norms do not decay
         # In the first step m / (1 - b1) = g and v / (1 - b2) = g^2:
         # w (1 - lr decay) - lr g / (|g| + eps).
-        want = before[name] * (1 - 1e-2 * decay)
+        want = before[name] * (1 - 1e-2 * shrink)
         want -= 1e-2 * grads[name] / (grads[name].abs() + 1e-6)
         torch.testing.assert_close(parameter.detach(), want, rtol=1e-5, atol=1e-6)
 
