@@ -50,7 +50,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["nemo_selfpref", "nemo_selfpref.*"]), "nemo_selfpref.conf"],
     package_dir={"nemo_selfpref.conf": "conf"},
-    package_data={"nemo_selfpref.conf": ["*.yaml", "*/*.yaml", "prompts/*.txt"]},
+    package_data={
+        "nemo_selfpref.conf": ["*.yaml", "*/*.yaml", "prompts/*.txt"],
+        "nemo_selfpref.demo": ["prompts/*.txt"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["selfpref = nemo_selfpref.cli:main"]},

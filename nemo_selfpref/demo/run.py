@@ -28,6 +28,7 @@ from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
 
 PROMPTS = Path(__file__).parent / "prompts"
 _HELD_OUT, _DEVELOPMENT = 300, 200
+_CARELESS = 0.6
 _SEED = 7
 
 
@@ -35,12 +36,12 @@ _SEED = 7
 class DemoSize:
     """How much the demo makes and trains on."""
 
-    plain: int = 5000
-    """SFT rows that are plain instructions."""
-    refinements: int = 5000
+    plain: int = 4000
+    """SFT rows that are plain instructions, most with a careless answer."""
+    refinements: int = 4000
     """SFT rows that show a wrong answer and the right one and ask for the right one: reading a
     reference is a skill that SGPO expects of its starting model."""
-    prompts: int = 1500
+    prompts: int = 3000
     """Prompts of the SGPO run."""
 
 
@@ -88,7 +89,7 @@ def write_data(folder: Path, size: DemoSize) -> Path:
     others = make_instructions(total, _SEED + 2, frozenset(held_out + development))
     plain = others[: size.plain]
     refined = others[size.plain : size.plain + size.refinements]
-    rows = [_row(text) for text in plain] + _refinement_rows(refined)
+    rows = _careless_rows(plain) + _refinement_rows(refined)
     _write_jsonl(folder / "sft.jsonl", rows)
     _write_jsonl(folder / "sgpo.jsonl", [_row(text) for text in others[-size.prompts :]])
     for name, texts in (("held_out", held_out), ("development", development)):
@@ -100,6 +101,15 @@ def write_data(folder: Path, size: DemoSize) -> Path:
 
 def _row(instruction: str) -> dict[str, str]:
     return {"prompt": instruction, "completion": oracle(instruction)}
+
+
+def _careless_rows(instructions: Sequence[str]) -> list[dict[str, str]]:
+    rng = random.Random(_SEED)
+    rows = [_row(text) for text in instructions]
+    for row in rows:
+        if rng.random() < _CARELESS:
+            row["completion"] = corrupt(row["completion"], rng)
+    return rows
 
 
 def _refinement_rows(instructions: Sequence[str]) -> list[dict[str, str]]:
@@ -146,14 +156,11 @@ def _train(console: Console, config: str, out: Path, overrides: Sequence[str]) -
 
 
 def evaluate(out: Path, data: Path, console: Console) -> dict[str, Any]:
-    """Mean oracle score on the held-out prompts of each model, and of the improver's revisions."""
+    """Oracle scores on the held-out prompts of each model, and of the improver's revisions of the
+    SFT model's answers."""
     from nemo_selfpref.data.dataset import load_prompts
-    from nemo_selfpref.training.generate import answer_prompts
-    from nemo_selfpref.types import SamplingParams
 
     prompts = load_prompts(data / "held_out.jsonl")
-    instructions = [messages[0]["content"] for _, messages in prompts]
-    params = SamplingParams(max_new_tokens=24, temperature=0.7, top_p=0.9)
     improver = next((out / "sgpo" / "stages").glob("*-improver")) / "weights"
     models = {
         "SFT policy": out / "sft" / "checkpoint",
@@ -161,19 +168,37 @@ def evaluate(out: Path, data: Path, console: Console) -> dict[str, Any]:
         "SGPO policy": out / "sgpo" / "checkpoint",
     }
     console.say(f"\nscoring {len(prompts)} held-out prompts")
-    scores: dict[str, Any] = {}
-    answers: dict[str, list[str]] = {}
+    instructions = [messages[0]["content"] for _, messages in prompts]
+    scores, answers = {}, {}
     for name, model in models.items():
-        answers[name] = [t for _, t in answer_prompts(model, prompts, params, _SEED, console)]
-        scores[name] = _mean(instructions, answers[name])
+        answers[name], scores[name] = _answer_and_score(model, prompts, instructions)
     template = load_template(str(PROMPTS / "improve.txt"), frozenset({"instruction", "response"}))
     revise = [
         (name, ({"role": "user", "content": template.render(instruction=text, response=draft)},))
         for (name, _), text, draft in zip(prompts, instructions, answers["SFT policy"], strict=True)
     ]
-    revised = [t for _, t in answer_prompts(improver, revise, params, _SEED, console)]
-    scores["improver, revising SFT answers"] = _mean(instructions, revised)
+    _, scores["improver, revising SFT answers"] = _answer_and_score(improver, revise, instructions)
     return scores
+
+
+def _answer_and_score(
+    model: Path, prompts: Sequence[Any], instructions: Sequence[str]
+) -> tuple[list[str], dict[str, float]]:
+    """Sampled answers of a model, and the scores of those and of its greedy answers."""
+    from nemo_selfpref.training.generate import answer_prompts
+    from nemo_selfpref.types import SamplingParams
+
+    silent = Console(enabled=False)
+    sampled, greedy = (
+        [
+            text
+            for _, text in answer_prompts(
+                model, prompts, SamplingParams(24, temperature, top_p), _SEED, silent
+            )
+        ]
+        for temperature, top_p in ((0.7, 0.9), (0.0, 1.0))
+    )
+    return sampled, {**_mean(instructions, sampled), "greedy": _mean(instructions, greedy)["score"]}
 
 
 def _mean(instructions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -189,12 +214,12 @@ def _report(console: Console, out: Path, scores: dict[str, Any], seconds: float)
         rows = summary_rows(read_json(out / name / "summary.json"))
         console.table(f"What was run: {name}", SUMMARY_COLUMNS, rows)
     console.table(
-        f"Oracle score on {_HELD_OUT} held-out prompts (temperature 0.7)",
-        ("model", "score", "+/- standard error", "exactly right"),
-        [[name, s["score"], s["error"], s["exact"]] for name, s in scores.items()],
+        f"Oracle score on {_HELD_OUT} held-out prompts (0 to 1)",
+        ("model", "temperature 0.7", "standard error", "exactly right", "greedy"),
+        [[name, s["score"], s["error"], s["exact"], s["greedy"]] for name, s in scores.items()],
     )
     gain = scores["SGPO policy"]["score"] - scores["SFT policy"]["score"]
-    console.say(f"SGPO moved the policy's score by {gain:+.3f} from the SFT model's.")
+    console.say(f"SGPO moved the sampled score by {gain:+.3f} from the SFT model's.")
     console.say(f"checkpoint  {out / 'sgpo' / 'checkpoint'}")
     console.say(f"HF export   {out / 'sgpo' / 'hf'}")
     console.say(f"log         {out / 'sgpo' / 'stages'}")

@@ -4,8 +4,8 @@ An instruction names one operation (repeat, only the animals, all but the tools,
 words. The oracle knows the right answer, so every answer has a score in [0, 1]: one minus the
 word edit distance to the right answer, as a share of the longer of the two.
 
-The starting model learns from careless demonstrations, half of them with a word lost, repeated or
-added or with chatter around the answer, and becomes as careless; alignment has to undo that.
+The starting model learns from careless demonstrations, most of them with chatter around the answer
+and some with a word lost or added, and becomes as careless; alignment has to undo that.
 """
 
 from __future__ import annotations
@@ -93,20 +93,19 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-_CHATTER = ("sure here you go", "well i think it is", "the words are")
+_OPENINGS = ("sure here you go", "well i think it is", "the words are")
+_CLOSINGS = ("and so on", "hope that helps", "or something like that")
 
 
 def corrupt(answer: str, rng: random.Random) -> str:
-    """A careless version: a word lost, repeated or added, or chatter around the answer."""
+    """A careless version: chatter before or after the answer, and at times a word lost or added."""
     words = answer.split()
-    kind = rng.choice(("lose", "repeat", "add", "chatter"))
-    place = rng.randrange(len(words))
-    if kind == "lose" and len(words) > 1:
-        del words[place]
-    elif kind == "repeat":
-        words.insert(place, words[place])
-    elif kind == "add":
-        words.insert(rng.randrange(len(words) + 1), rng.choice(WORDS))
-    else:
-        words = [*rng.choice(_CHATTER).split(), *words]
-    return " ".join(words)
+    if rng.random() < 0.3:
+        place = rng.randrange(len(words))
+        if rng.random() < 0.5 and len(words) > 1:
+            del words[place]
+        else:
+            words.insert(place, rng.choice(WORDS))
+    if rng.random() < 0.5:
+        return " ".join([*rng.choice(_OPENINGS).split(), *words])
+    return " ".join([*words, *rng.choice(_CLOSINGS).split()])
