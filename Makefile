@@ -19,11 +19,11 @@ setup: $(STAMP)
 $(STAMP): requirements/cpu.txt requirements/dev.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -qq --disable-pip-version-check $(TORCH)
 	printf '%s\n' '$(TORCH)' > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt \
+	$(BIN)/pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt \
 	    -r requirements/cpu.txt -r requirements/dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 demo: setup

@@ -104,6 +104,9 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     typed = check_before_work(cfg)
     if needs_launch(typed):
+        from nemo_selfpref.training.session import find_start
+
+        find_start(typed)  # refuse what the model cannot do before processes are started
         return launch(typed, args.argv)
     train(cfg)
     return 0
