@@ -107,8 +107,12 @@ def test_both_spellings_of_linear_rope(tmp_path: Path, key: str) -> None:
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
             "rope_type is 'yarn'; supported: default, linear, llama3",
         ),
-        ({"hidden_size": ...}, "hidden_size is None; expected an integer"),
-        ({"vocab_size": "500"}, "vocab_size is '500'; expected an integer"),
+        ({"hidden_size": ...}, "hidden_size is None; expected a positive integer"),
+        ({"vocab_size": "500"}, "vocab_size is '500'; expected a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a positive integer"),
+        ({"rope_theta": "big"}, "rope_theta is 'big'; expected a positive number"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is None; expected a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; only 1.0 is supported"),
     ],
 )
 def test_what_is_not_built_is_refused(

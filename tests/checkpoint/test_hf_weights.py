@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,28 @@ def test_random_weights_into_the_residual_are_smaller() -> None:
     for name, shape in (("self_attention.linear_proj", (64, 64)), ("mlp.linear_fc2", (64, 96))):
         tensor = RandomSource(arch, 3).read(f"decoder.layers.0.{name}.weight", (0, 0), shape)
         assert tensor.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "cannot be read"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"model.norm.weight": "gone.safetensors"}}'
+            ),
+            "gone.safetensors cannot be read",
+        ),
+    ],
+    ids=["truncated", "absent", "empty index", "missing file"],
+)
+def test_damaged_folders_are_named(
+    llama_folder: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(llama_folder, folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        HuggingFaceSource(folder, read_architecture(folder)).fetch("model.norm.weight")
