@@ -29,7 +29,7 @@ from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
 PROMPTS = Path(__file__).parent / "prompts"
 _HELD_OUT, _DEVELOPMENT = 300, 200
 _CARELESS = 0.6
-_SEED = 7
+_SEED, _HELD_OUT_SEED = 7, 20261121
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def write_data(folder: Path, size: DemoSize) -> Path:
     """Rows for both trainings, held-out prompts, tokenizer; no instruction is in two sets."""
     from nemo_selfpref.data.sentencepiece_tokenizer import train_sentencepiece
 
-    held_out = make_instructions(_HELD_OUT, _SEED)
+    held_out = make_instructions(_HELD_OUT, _HELD_OUT_SEED)
     development = make_instructions(_DEVELOPMENT, _SEED + 1, frozenset(held_out))
     total = size.plain + size.refinements + size.prompts
     others = make_instructions(total, _SEED + 2, frozenset(held_out + development))
