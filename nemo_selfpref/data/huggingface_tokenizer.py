@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_selfpref.data.chat import (
     Control,
-    Skeleton,
-    build_skeleton,
     control_pattern,
     roles_of,
     safe_pieces,
@@ -115,11 +113,6 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
                 f"expected {controls}; remove spelled-out control tokens from the messages"
             )
         return ids
-
-    def _build_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Skeleton:
-        return build_skeleton(
-            lambda messages: self._render(messages, add_generation_prompt), roles, self._pattern
-        )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError

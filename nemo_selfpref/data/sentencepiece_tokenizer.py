@@ -14,8 +14,6 @@ from typing import Any
 
 from nemo_selfpref.data.chat import (
     Control,
-    Skeleton,
-    build_skeleton,
     control_pattern,
     roles_of,
     safe_pieces,
@@ -113,11 +111,6 @@ class SentencePieceChatTokenizer(ChatTokenizer):
             else:
                 ids += self._model.encode(piece)
         return tuple(ids)
-
-    def _build_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Skeleton:
-        return build_skeleton(
-            lambda messages: self._render(messages, add_generation_prompt), roles, self._pattern
-        )
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError

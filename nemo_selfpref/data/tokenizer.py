@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_selfpref.config.schema import TokenizerConfig, TokenizerLibrary
+from nemo_selfpref.data.chat import Skeleton, build_skeleton
 from nemo_selfpref.errors import DataError
 from nemo_selfpref.types import Message, TokenIds
 
@@ -28,6 +30,8 @@ class ChatTokenizer(ABC):
     control_ids: frozenset[int]
     """Tokens that only the template may write."""
 
+    _pattern: re.Pattern[str]
+    """Finds control tokens in rendered text."""
     _last_prompt: tuple[tuple[tuple[str, str], ...], TokenIds] | None = None
 
     @property
@@ -57,6 +61,15 @@ class ChatTokenizer(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A sha256, in hex, over vocabulary, control tokens and chat template."""
+
+    @abstractmethod
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text the template makes of a conversation."""
+
+    def _build_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Skeleton:
+        return build_skeleton(
+            lambda messages: self._render(messages, add_generation_prompt), roles, self._pattern
+        )
 
     def encode_prompt(self, messages: Sequence[Message]) -> TokenIds:
         """Token ids of a conversation up to and including the header of the answer to come."""

@@ -20,6 +20,7 @@ from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import PackedGPTModel, padded_vocab_size
 from nemo_selfpref.megatron.parallel import pipeline_group, tensor_group
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.objectives.logprobs import float32_matmul
 from nemo_selfpref.types import TokenIds
 
 
@@ -108,7 +109,7 @@ class KVDecoder:
         if not self.policy.layout.is_last_stage:
             return None
         weight = self.policy.module.output_weight()
-        local = hidden[rows, 0].float() @ weight.float().t()
+        local = float32_matmul(hidden[rows, 0], weight.t())
         if self.policy.layout.tensor_size == 1:
             return local
         return self._gather_vocabulary(local)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _float32_matmul(a: Tensor, b: Tensor) -> Tensor:
+def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with float32 accumulation and a float32 result."""
     if a.dtype == torch.float32:
         return a @ b
@@ -37,7 +37,7 @@ class _TokenLogprobs(torch.autograd.Function):
         lse = torch.empty_like(logprobs)
         for start in range(0, num_tokens, chunk_size):
             part = slice(start, start + chunk_size)
-            logits = _float32_matmul(hidden[part], weight.t())
+            logits = float32_matmul(hidden[part], weight.t())
             peak = (
                 logits.amax(-1) if weight.shape[0] else logits.new_full((logits.shape[0],), -1e30)
             )
@@ -60,16 +60,14 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            grad_logits = (
-                (_float32_matmul(hidden[part], weight.t()) - lse[part, None]).exp_().neg_()
-            )
+            grad_logits = (float32_matmul(hidden[part], weight.t()) - lse[part, None]).exp_().neg_()
             local, mask = _local_targets(targets[part], ctx.vocab_start, weight.shape[0])
             if weight.shape[0]:
                 grad_logits.scatter_add_(1, local[:, None], mask[:, None].float())
             grad_logits.mul_(grad[part, None])
             grad_logits = grad_logits.to(weight.dtype)
-            grad_hidden[part] = _float32_matmul(grad_logits, weight)
-            grad_weight += _float32_matmul(grad_logits.t(), hidden[part])
+            grad_hidden[part] = float32_matmul(grad_logits, weight)
+            grad_weight += float32_matmul(grad_logits.t(), hidden[part])
         _all_reduce(grad_hidden, dist.ReduceOp.SUM, ctx.group)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
 

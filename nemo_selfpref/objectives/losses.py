@@ -58,9 +58,8 @@ def log1mexp(a: Tensor) -> Tensor:
     # inf * 0 = nan into the gradient.
     safe = torch.where(a < -_SMALLEST_GAP, a, torch.full_like(a, -_SMALLEST_GAP))
     near = safe > -_LN2
-    near_zero = torch.where(near, safe, torch.full_like(safe, -_LN2))
     far = torch.where(near, torch.full_like(safe, -_LN2), safe)
-    return torch.where(near, torch.log(-torch.expm1(near_zero)), torch.log1p(-torch.exp(far)))
+    return torch.where(near, torch.log(-torch.expm1(safe)), torch.log1p(-torch.exp(far)))
 
 
 def log_odds_difference(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ from pathlib import Path
 from nemo_selfpref.checkpoint.files import write_text
 from nemo_selfpref.data.dataset import load_prompts
 from nemo_selfpref.errors import ConfigError
-from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.monitor.console import Console
-from nemo_selfpref.rollout.embedded import EmbeddedEngine
 from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.convert import single_process_policy
+from nemo_selfpref.training.session import embedded_engine
 from nemo_selfpref.types import Completion, GenerationRequest, Message, SamplingParams
 
 
@@ -28,12 +27,7 @@ def answer_prompts(
 ) -> list[tuple[Completion, str]]:
     """Each prompt's completion and its text, on one process."""
     policy, start = single_process_policy(model)
-    engine = EmbeddedEngine(
-        KVDecoder(policy),
-        stop_ids=start.tokenizer.stop_ids,
-        max_length=start.arch.max_position_embeddings,
-        batch_size=64,
-    )
+    engine = embedded_engine(policy, start.tokenizer, batch_size=64)
     requests = [
         GenerationRequest(name, start.tokenizer.encode_prompt(messages), seed_of(seed, name))
         for name, messages in prompts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import TrainSettings
 from nemo_selfpref.checkpoint.files import read_json, write_json
@@ -25,23 +25,19 @@ from nemo_selfpref.data.dataset import load_demonstrations, load_preferences
 from nemo_selfpref.data.templates import PromptTemplate, load_template
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import DataError
-from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.megatron.parallel import (
-    all_gather_json,
     barrier,
-    pipeline_group,
-    replica_group,
 )
 from nemo_selfpref.megatron.policy import Policy, ReferenceLogps
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.objectives.objective import Objective, Pass
 from nemo_selfpref.pairing.filters import perplexity
-from nemo_selfpref.rollout.embedded import EmbeddedEngine
 from nemo_selfpref.rollout.engine import RolloutEngine
 from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest, write_requests
 from nemo_selfpref.training.fit import fit_stage
+from nemo_selfpref.training.session import embedded_engine
 from nemo_selfpref.training.store import (
     RunFolder,
     done_facts,
@@ -50,6 +46,7 @@ from nemo_selfpref.training.store import (
     read_completions,
     write_completions,
     write_pairs,
+    write_tensors,
 )
 from nemo_selfpref.types import (
     Completion,
@@ -81,7 +78,7 @@ class Run:
         self.policy, self.tokenizer = policy, tokenizer
         self.folder, self.console = folder, console
         self.model = MegatronGPTPreferenceModel(cfg.model, policy)
-        self.engine: RolloutEngine = self._embedded_engine()
+        self.engine: RolloutEngine = embedded_engine(policy, tokenizer, self.cfg.rollout.batch_size)
         self.summary: list[dict[str, Any]] = []
         self._unread_weights: Path | None = None
 
@@ -116,8 +113,7 @@ class Run:
         stage = self.folder.stage(name)
         path = stage / "completions.parquet"
         if is_done(stage):
-            self.summary.append(done_facts(stage))
-            self.console.skipped(name)
+            self._skip(name, stage)
             return read_completions(path)
         self._read_weights()
         rollout = self.cfg.rollout
@@ -151,8 +147,7 @@ class Run:
             with self.console.progress(name, len(rows), "answers scored") as progress:
                 found = self.policy.score(rows, lambda n: progress(n, 0))
             if self.policy.layout.is_main:
-                stage.mkdir(parents=True, exist_ok=True)
-                save_file({"sums": found.sums, "lengths": found.lengths}, path)
+                write_tensors(path, {"sums": found.sums, "lengths": found.lengths})
             self._finish(stage, {"stage": name, "answers": len(rows)}, listed=False)
         saved = load_file(path)
         return [
@@ -185,8 +180,7 @@ class Run:
         requests: Sequence[TeacherRequest],
     ) -> None:
         if is_done(stage):
-            self.summary.append(done_facts(stage))
-            self.console.skipped(name)
+            self._skip(name, stage)
             return
         stage.mkdir(parents=True, exist_ok=True)
         write_requests(stage / "requests.jsonl", requests)
@@ -222,8 +216,7 @@ class Run:
         stage = self.folder.stage(name)
         if is_done(stage):
             self._unread_weights = stage / "weights"
-            self.summary.append(done_facts(stage))
-            self.console.skipped(name)
+            self._skip(name, stage)
             return
         if not rows:
             raise DataError(
@@ -286,11 +279,8 @@ class Run:
             with self.console.progress(f"{name}: reference", len(both), "answers") as progress:
                 found = self.policy.score(both, lambda n: progress(n, 0))
             if self.policy.layout.is_main:
-                stage.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(".reference.tmp")
                 chosen, rejected = found.sums.float().chunk(2)
-                save_file({"chosen": chosen.clone(), "rejected": rejected.clone()}, temporary)
-                temporary.rename(path)
+                write_tensors(path, {"chosen": chosen.clone(), "rejected": rejected.clone()})
             barrier()
         saved = load_file(path)
         return ReferenceLogps(chosen=saved["chosen"], rejected=saved["rejected"])
@@ -310,6 +300,11 @@ class Run:
             load_weights(self._unread_weights, self.policy)
             self._unread_weights = None
 
+    def _skip(self, name: str, stage: Path) -> None:
+        """List a finished stage as it was."""
+        self.summary.append(done_facts(stage))
+        self.console.skipped(name)
+
     def _finish(self, stage: Path, facts: dict[str, Any], listed: bool = True) -> None:
         barrier()
         if self.policy.layout.is_main:
@@ -317,17 +312,3 @@ class Run:
         barrier()
         if listed:
             self.summary.append(facts)
-
-    def _embedded_engine(self) -> EmbeddedEngine:
-        device, layout = self.policy.platform.device(), self.policy.layout
-        replicas, stages = replica_group(), pipeline_group()
-        return EmbeddedEngine(
-            KVDecoder(self.policy),
-            stop_ids=self.tokenizer.stop_ids,
-            max_length=self.policy.arch.max_position_embeddings,
-            batch_size=self.cfg.rollout.batch_size,
-            replica=layout.data_rank,
-            num_replicas=layout.data_size,
-            gather=lambda value: all_gather_json(value, replicas, device),
-            gather_stages=lambda value: all_gather_json(value, stages, device),
-        )

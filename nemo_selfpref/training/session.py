@@ -20,9 +20,11 @@ from nemo_selfpref.config.schema import ArchitectureConfig, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron import parallel
+from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.megatron.parallel import Layout
 from nemo_selfpref.megatron.platform import select_platform
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.rollout.embedded import EmbeddedEngine
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,19 @@ def build_policy(cfg: RunConfig, start: Start) -> tuple[Policy, Layout]:
     if start.folder is not None and is_checkpoint(start.folder):
         policy.weight_version = int(read_manifest(start.folder)["weight_version"])
     return policy, layout
+
+
+def embedded_engine(policy: Policy, tokenizer: ChatTokenizer, batch_size: int) -> EmbeddedEngine:
+    """The engine that decodes on this policy's weights, over all its replicas and stages."""
+    device, layout = policy.platform.device(), policy.layout
+    replicas, stages = parallel.replica_group(), parallel.pipeline_group()
+    return EmbeddedEngine(
+        KVDecoder(policy),
+        stop_ids=tokenizer.stop_ids,
+        max_length=policy.arch.max_position_embeddings,
+        batch_size=batch_size,
+        replica=layout.data_rank,
+        num_replicas=layout.data_size,
+        gather=lambda value: parallel.all_gather_json(value, replicas, device),
+        gather_stages=lambda value: parallel.all_gather_json(value, stages, device),
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
 
-from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
+from nemo_selfpref.checkpoint.files import fsync_path, read_json, write_json, write_text
 from nemo_selfpref.errors import CheckpointError, ConfigError
 from nemo_selfpref.types import Completion, FinishReason, PreferencePair, WeightSet
 
@@ -156,12 +159,27 @@ def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
     )
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors as safetensors, atomically."""
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a file beside `path` that takes its name, flushed, when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
-    with open(temporary, "rb+") as handle:
-        os.fsync(handle.fileno())
+    yield temporary
+    fsync_path(temporary)
     os.replace(temporary, path)
 
 

@@ -116,7 +116,7 @@ def _export(cfg: RunConfig, run: Run, checkpoint: Path) -> Path | None:
     if not cfg.export.hf:
         return None
     target = checkpoint.parent / "hf"
-    if int(os.environ.get("RANK", "0")) == 0:
+    if run.policy.layout.is_main:
         export_checkpoint(checkpoint, target)
     barrier()
     if cfg.export.verify:
