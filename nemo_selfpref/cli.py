@@ -98,6 +98,7 @@ def _train(args: argparse.Namespace) -> int:
     from nemo_selfpref.training.train import check_before_work, train
 
     schemas = {name: cls.config_class for name, cls in algorithms().items()}
+    args.config_name = _known_name(args.config_name, args.config_dir)
     cfg = load_config(args.config_name, args.overrides, schemas, args.config_dir)
     if args.cfg:
         sys.stdout.write(OmegaConf.to_yaml(cfg))
@@ -110,6 +111,17 @@ def _train(args: argparse.Namespace) -> int:
         return launch(typed, args.argv)
     train(cfg)
     return 0
+
+
+def _known_name(name: str, folder: Path | None) -> str:
+    """The configuration meant by a name that has another meaning elsewhere."""
+    from nemo_selfpref.algorithms.base import ALIASES
+
+    if name not in ALIASES or (folder is not None and (folder / f"{name}.yaml").exists()):
+        return name
+    meant, warning = ALIASES[name]
+    sys.stderr.write(f"selfpref: warning: {name} is {meant} here; {warning}\n")
+    return meant
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -137,8 +149,10 @@ def _export(args: argparse.Namespace) -> int:
 def _methods(args: argparse.Namespace) -> int:
     from nemo_selfpref.algorithms.base import algorithms
 
-    for name, algorithm in algorithms().items():
-        sys.stdout.write(f"{name:8} {algorithm.summary} [{algorithm.paper}]\n")
+    known = algorithms()
+    width = max(map(len, known))
+    for name, algorithm in known.items():
+        sys.stdout.write(f"{name:{width}}  {algorithm.summary} [{algorithm.paper}]\n")
     return 0
 
 

@@ -18,10 +18,16 @@ TokenIds = tuple[int, ...]
 
 
 class WeightSet(StrEnum):
-    """Which copy of the weights a rollout or a reference pass uses."""
+    """Which copy of the weights a rollout or a reference pass uses.
+
+    POLICY: what is being trained. FROZEN: what the run started from. EMA: the moving average of
+    the policy. LAGGED: an earlier policy or EMA, taken when the reference was last moved.
+    """
 
     POLICY = "policy"
     FROZEN = "frozen"
+    EMA = "ema"
+    LAGGED = "lagged"
 
 
 class FinishReason(StrEnum):
@@ -44,7 +50,11 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; `strength` is P(chosen beats rejected)."""
+    """Two answers to one prompt; `strength` is P(chosen beats rejected).
+
+    `augmented_prompt_ids` is the same prompt with a refinement instruction before the query, for
+    losses that score the answers under both. `messages` are there for pairs read from data.
+    """
 
     id: str
     prompt_ids: TokenIds
@@ -52,6 +62,8 @@ class PreferencePair:
     rejected_ids: TokenIds
     strength: float = 1.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    augmented_prompt_ids: TokenIds | None = None
+    messages: tuple[Message, ...] = ()
 
 
 TrainingRow = Demonstration | PreferencePair
@@ -69,11 +81,27 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One completion to sample. `seed` alone decides the draw, whatever the batch or layout."""
+    """One completion to sample. `seed` alone decides the draw, whatever the batch or layout.
+
+    `max_new_tokens` lowers the limit of the SamplingParams for this request.
+    """
 
     id: str
     prompt_ids: TokenIds
     seed: int = 0
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """How likely a model finds each label as the next token.
+
+    `logprobs`: one for each label, untempered. `best`: the log-prob of its likeliest next token,
+    whichever that is.
+    """
+
+    logprobs: tuple[float, ...]
+    best: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +131,13 @@ class DropReport:
     def drop(self, reason: str, where: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples.setdefault(reason, where)
+
+    def add(self, other: DropReport) -> None:
+        """Count another report's rows too."""
+        self.kept += other.kept
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.examples = {**other.examples, **self.examples}
 
     def summary(self) -> str:
         dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items()))

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource
+from nemo_selfpref.checkpoint.training_state import fill_policy
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.megatron.policy import Policy
 
 MakePolicy = Callable[[Path], Policy]
@@ -101,3 +104,17 @@ def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     model.save_pretrained(str(folder))
     train_chatml(folder)
     return folder
+
+
+def in_precision(policy: Policy, precision: Precision, folder: Path) -> Policy:
+    """The model of a Hugging Face folder in another precision, beside one that is there already."""
+    made = Policy(policy.arch, policy.config, precision, policy.platform, policy.layout)
+    fill_policy(made, HuggingFaceSource(folder, policy.arch))
+    return made
+
+
+@torch.no_grad()
+def scale(policy: Policy, factor: float = 1.5) -> None:
+    """Change every weight, and count that as an optimizer step."""
+    torch._foreach_mul_(list(policy.module.parameters()), factor)
+    policy.weight_version += 1

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemo_selfpref.algorithms.base import RunContext, check_positive, instruction_of
+from nemo_selfpref.algorithms.base import (
+    RunContext,
+    TrainSettings,
+    check_positive,
+    instruction_text,
+)
 from nemo_selfpref.config.checks import check_optim
 from nemo_selfpref.config.schema import OptimConfig, RunConfig
+from nemo_selfpref.data.templates import PromptTemplate
+from nemo_selfpref.objectives.objective import SFTObjective
 from nemo_selfpref.pairing.filters import iqr_keep
-from nemo_selfpref.rollout.teacher import TeacherRequest
-from nemo_selfpref.types import Completion, Demonstration, DropReport, TokenIds, flatten_messages
+from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest
+from nemo_selfpref.types import Completion, Demonstration, DropReport, TokenIds
 
 
 @dataclass
@@ -31,9 +38,11 @@ class ImproverConfig:
         check_optim("algorithm.improver.optim", self.optim)
 
 
-def instruction_text(row: Demonstration) -> str:
-    """What the user asked, as text for a slot."""
-    return flatten_messages(instruction_of(row))
+KINDS = ("improve", "answer")
+"""What the external model is asked for: its improvement of the draft, and its own answer."""
+
+_ALWAYS = frozenset({"instruction", "response"})
+_REFERENCE = frozenset({"reference"})
 
 
 def target_requests(
@@ -41,20 +50,27 @@ def target_requests(
     rows: Sequence[Demonstration],
     drafts: Sequence[Completion],
     template_name: str,
+    kinds: Sequence[str] = KINDS,
 ) -> list[TeacherRequest]:
-    """Two questions a row: improve the draft (ID/improve), and answer afresh (ID/answer)."""
-    template = run.template(template_name, frozenset({"instruction", "response", "reference"}))
+    """One question of each kind a row: improve the draft (ID/improve), answer (ID/answer)."""
+    template = run.template(template_name, _ALWAYS | _REFERENCE)
     requests = []
     for row, draft in zip(rows, drafts, strict=True):
-        instruction = instruction_text(row)
-        text = template.render(
-            instruction=instruction,
-            response=run.tokenizer.decode(draft.token_ids),
-            reference=row.response,
-        )
-        requests.append(TeacherRequest(f"{row.id}/improve", text))
-        requests.append(TeacherRequest(f"{row.id}/answer", instruction))
+        texts = {"improve": _render(run, template, row, draft), "answer": instruction_text(row)}
+        requests += [TeacherRequest(f"{row.id}/{kind}", texts[kind]) for kind in kinds]
     return requests
+
+
+def _render(
+    run: RunContext, template: PromptTemplate, row: Demonstration, draft: Completion
+) -> str:
+    """The template with the row's instruction and draft, and its reference where it has a slot."""
+    values = {
+        "instruction": instruction_text(row),
+        "response": run.tokenizer.decode(draft.token_ids),
+        "reference": row.response,
+    }
+    return template.render(**{slot: values[slot] for slot in template.slots})
 
 
 def improver_rows(
@@ -63,13 +79,14 @@ def improver_rows(
     drafts: Sequence[Completion],
     answers: Mapping[str, str],
     template_name: str,
+    kinds: Sequence[str] = KINDS,
 ) -> list[Demonstration]:
     """SFT rows -log pi(target | x, draft; p_imp): improved drafts and fresh answers, each set
     filtered on its own by the interquartile range of its perplexity under the starting policy
-    (SGPO, section 3.1.2)."""
-    template = run.template(template_name, frozenset({"instruction", "response"}))
+    (SGPO, section 3.1.2). The reference is shown only by a template with a slot for it."""
+    template = run.template(template_name, _ALWAYS, _REFERENCE)
     kept = []
-    for kind in ("improve", "answer"):
+    for kind in kinds:
         report = DropReport()
         made = []
         for row, draft in zip(rows, drafts, strict=True):
@@ -77,10 +94,7 @@ def improver_rows(
             if not target:
                 report.drop("empty_target", row.source)
                 continue
-            text = template.render(
-                instruction=instruction_text(row), response=run.tokenizer.decode(draft.token_ids)
-            )
-            prompt = run.encode_user(row, text)
+            prompt = run.encode_user(row, _render(run, template, row, draft))
             response = run.tokenizer.encode_response(row.messages, target)
             if len(prompt) + len(response) > run.cfg.data.max_length:
                 report.drop("too_long", row.source)
@@ -99,25 +113,40 @@ def improver_rows(
     return kept
 
 
+def teach_improving(
+    run: RunContext,
+    demos: Sequence[Demonstration],
+    config: ImproverConfig,
+    teacher: Callable[[], Teacher],
+    target_prompt: str,
+    improve_prompt: str,
+    kinds: Sequence[str] = KINDS,
+) -> None:
+    """Step 1 of SGPO: drafts, an external model's targets for them, and SFT on those."""
+    rows = demos[: config.num_prompts]
+    drafts = run.sample("draft", [(d.id, d.prompt_ids) for d in rows])
+    questions = target_requests(run, rows, drafts, target_prompt, kinds)
+    answers = run.ask("targets", teacher, questions)
+    lessons = improver_rows(run, rows, drafts, answers, improve_prompt, kinds)
+    settings = TrainSettings(config.max_epochs, config.global_batch_size, config.optim)
+    run.train("improver", lessons, SFTObjective(), settings)
+
+
 def refinement_prompts(
     run: RunContext,
     rows: Sequence[Demonstration],
     replies: Sequence[Completion],
     template_name: str,
 ) -> list[tuple[str, TokenIds]]:
-    """(id, prompt) that ask the policy to improve its own reply with the reference beside it.
+    """(id, prompt) that ask the policy to improve its own reply, with the reference beside it where
+    the template has a slot for it.
 
     A prompt that leaves no room for an answer is left out; its row makes no pair.
     """
-    template = run.template(template_name, frozenset({"instruction", "response", "reference"}))
+    template = run.template(template_name, _ALWAYS, _REFERENCE)
     prompts = []
     for row, reply in zip(rows, replies, strict=True):
-        text = template.render(
-            instruction=instruction_text(row),
-            response=run.tokenizer.decode(reply.token_ids),
-            reference=row.response,
-        )
-        prompt = run.encode_user(row, text)
+        prompt = run.encode_user(row, _render(run, template, row, reply))
         if run.fits(prompt):
             prompts.append((row.id, prompt))
     return prompts

@@ -3,12 +3,18 @@
 from dataclasses import dataclass
 
 from nemo_selfpref.algorithms.base import Algorithm, RunContext, check_positive, register
-from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
+from nemo_selfpref.algorithms.reference import (
+    ONE_STAGE,
+    ReferenceConfig,
+    check_reference,
+    train_settings,
+)
+from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.objectives.objective import IPOObjective
 
 
 @dataclass
-class IPOConfig(AlgorithmConfig):
+class IPOConfig(ReferenceConfig):
     name: str = "ipo"
     beta: float = 0.1
     length_normalized: bool = False
@@ -17,7 +23,7 @@ class IPOConfig(AlgorithmConfig):
 
 @register("ipo")
 class IPO(Algorithm):
-    """(h - 1/(2 beta))^2 against the starting policy (Azar et al. 2023, eq. 17)."""
+    """(h - 1/(2 beta))^2, h against the reference (Azar et al. 2023, eq. 17)."""
 
     summary = "identity preference optimisation on given pairs"
     paper = "Azar et al. 2023"
@@ -25,7 +31,8 @@ class IPO(Algorithm):
 
     def check(self, cfg: RunConfig) -> None:
         check_positive("algorithm.beta", self.config.beta)
+        check_reference(self.config, ONE_STAGE)
 
     def run(self, run: RunContext) -> None:
         objective = IPOObjective(self.config.beta, self.config.length_normalized)
-        run.train("policy", run.preferences(), objective)
+        run.train("policy", run.preferences(), objective, train_settings(self.config))

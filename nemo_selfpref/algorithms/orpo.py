@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from nemo_selfpref.algorithms.base import Algorithm, RunContext, register
-from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
+from nemo_selfpref.algorithms.reference import REFERENCE_FREE, check_ref
+from nemo_selfpref.config.schema import AlgorithmConfig, RefMode, RunConfig
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.objectives.objective import NLLScope, ORPOObjective
 
@@ -11,6 +12,7 @@ from nemo_selfpref.objectives.objective import NLLScope, ORPOObjective
 @dataclass
 class ORPOConfig(AlgorithmConfig):
     name: str = "orpo"
+    ref: RefMode = RefMode.none
     lam: float = 0.1
     """Weight lambda of the odds-ratio term."""
     nll: NLLScope = NLLScope.full
@@ -27,6 +29,7 @@ class ORPO(Algorithm):
     config_class = ORPOConfig
 
     def check(self, cfg: RunConfig) -> None:
+        check_ref(self.config.ref, REFERENCE_FREE)
         if self.config.lam < 0:
             raise ConfigError(f"algorithm.lam={self.config.lam}: expected 0 or more, such as 0.1")
 

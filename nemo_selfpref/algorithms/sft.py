@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 from nemo_selfpref.algorithms.base import Algorithm, RunContext, register
-from nemo_selfpref.config.schema import AlgorithmConfig
+from nemo_selfpref.algorithms.reference import REFERENCE_FREE, check_ref
+from nemo_selfpref.config.schema import AlgorithmConfig, RefMode, RunConfig
 from nemo_selfpref.objectives.objective import SFTObjective
 
 
 @dataclass
 class SFTConfig(AlgorithmConfig):
     name: str = "sft"
+    ref: RefMode = RefMode.none
 
 
 @register("sft")
@@ -19,6 +21,9 @@ class SFT(Algorithm):
     summary = "supervised fine-tuning on the answers of the data set"
     paper = "-"
     config_class = SFTConfig
+
+    def check(self, cfg: RunConfig) -> None:
+        check_ref(self.config.ref, REFERENCE_FREE)
 
     def run(self, run: RunContext) -> None:
         run.train("policy", run.demonstrations(), SFTObjective())

@@ -3,42 +3,20 @@
 Step 1 teaches the starting policy to improve its own drafts, from an external model's targets.
 Step 2 pairs each answer of that policy with its own improvement, which sees the reference answer,
 and trains DPO on the plain prompt. The reference is never in the improver's training prompt: it
-would learn to copy (section 3.1).
+would learn to copy (section 3.1). The variants of section 4 switch off one choice or two.
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 
-from nemo_selfpref.algorithms.base import (
-    Algorithm,
-    RunContext,
-    TrainSettings,
-    check_positive,
-    register,
-)
-from nemo_selfpref.algorithms.improver import (
-    ImproverConfig,
-    improver_rows,
-    refinement_prompts,
-    target_requests,
-)
-from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
-from nemo_selfpref.objectives.objective import DPOObjective, SFTObjective
-from nemo_selfpref.pairing.builders import PairLimits, improved_over_draft
-from nemo_selfpref.rollout.targets import TargetsConfig, check_targets, make_teacher
-
-
-@dataclass
-class SGPOConfig(AlgorithmConfig):
-    name: str = "sgpo"
-    beta: float = 0.01
-    targets: TargetsConfig = field(default_factory=TargetsConfig)
-    improver: ImproverConfig = field(default_factory=ImproverConfig)
-    target_prompt: str = "sgpo_target"
-    improve_prompt: str = "sgpo_improve"
-    refine_prompt: str = "sgpo_refine"
-    drop_truncated_chosen: bool = True
-    """Leave out pairs whose improved answer ran into rollout.max_new_tokens."""
+from nemo_selfpref.algorithms.base import Algorithm, RunContext, check_positive, register
+from nemo_selfpref.algorithms.improver import refinement_prompts, teach_improving
+from nemo_selfpref.algorithms.reference import ITERATED, check_reference, train_settings
+from nemo_selfpref.algorithms.sgpo_variants import VARIANTS, Choices, SGPOConfig, check_variant
+from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.objectives.objective import DPOObjective
+from nemo_selfpref.pairing.builders import PairLimits, improved_over_draft, target_over_sample
+from nemo_selfpref.rollout.targets import check_targets, make_teacher
+from nemo_selfpref.types import Demonstration, PreferencePair, WeightSet
 
 
 @register("sgpo")
@@ -51,24 +29,34 @@ class SGPO(Algorithm):
         check_positive("algorithm.beta", self.config.beta)
         check_targets(self.config.targets)
         self.config.improver.check(cfg)
+        check_variant(self.config.variant, self.config.extra_step2)
+        check_reference(self.config, ITERATED)
 
     def run(self, run: RunContext) -> None:
-        cfg, demos = self.config, run.demonstrations()
-        learners = demos[: cfg.improver.num_prompts]
+        c, choices, demos = self.config, VARIANTS[self.config.variant], run.demonstrations()
+        prompt = c.improve_prompt or choices.improve_prompt
+        teacher = partial(make_teacher, c.targets)
+        teach_improving(run, demos, c.improver, teacher, c.target_prompt, prompt, choices.kinds)
+        for n in range(1 + c.extra_step2):
+            suffix = f"-{n + 1}" if n else ""
+            pairs = self._pairs(run, demos, choices, suffix)
+            if choices.separate:
+                run.reset_policy()
+            run.train(f"policy{suffix}", pairs, DPOObjective(c.beta), train_settings(c))
 
-        drafts = run.sample("draft", [(d.id, d.prompt_ids) for d in learners])
-        questions = target_requests(run, learners, drafts, cfg.target_prompt)
-        answers = run.ask("targets", partial(make_teacher, cfg.targets), questions)
-        rows = improver_rows(run, learners, drafts, answers, cfg.improve_prompt)
-        settings = TrainSettings(
-            cfg.improver.max_epochs, cfg.improver.global_batch_size, cfg.improver.optim
-        )
-        run.train("improver", rows, SFTObjective(), settings)
-
-        replies = run.sample("answer", [(d.id, d.prompt_ids) for d in demos])
-        prompts = refinement_prompts(run, demos, replies, cfg.refine_prompt)
-        improved = run.sample("improve", prompts)
-        limits = PairLimits(run.cfg.data.max_length, cfg.drop_truncated_chosen)
-        pairs, report = improved_over_draft(demos, replies, improved, limits)
-        run.note("pairs", report)
-        run.train("policy", pairs, DPOObjective(cfg.beta))
+    def _pairs(
+        self, run: RunContext, demos: list[Demonstration], choices: Choices, suffix: str
+    ) -> list[PreferencePair]:
+        answerer = WeightSet.FROZEN if choices.separate else WeightSet.POLICY
+        plain = [(d.id, d.prompt_ids) for d in demos]
+        replies = run.sample(f"answer{suffix}", plain, weights=answerer)
+        limits = PairLimits(run.cfg.data.max_length, self.config.drop_truncated_chosen)
+        if choices.improved_chosen:
+            template = self.config.refine_prompt or choices.refine_prompt
+            prompts = refinement_prompts(run, demos, replies, template)
+            improved = run.sample(f"improve{suffix}", prompts)
+            pairs, report = improved_over_draft(demos, replies, improved, limits)
+        else:
+            pairs, report = target_over_sample(demos, replies, limits)
+        run.note(f"pairs{suffix}", report)
+        return pairs

@@ -5,11 +5,14 @@ weights/          global tensors in shards, one file a rank
 tokenizer/        a Hugging Face tokenizer folder (weights checkpoints)
 optimizer/        the same for the optimizer (checkpoints within a stage)
 lightning.json    loop counters and learning-rate schedule (likewise)
+copies/           the EMA and a moved reference (likewise, where the stage has them)
+rollouts/         what an online stage keeps between steps, such as a replay buffer (likewise)
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,13 +111,18 @@ def save_weights(target: Path, policy: Policy, tokenizer: ChatTokenizer) -> None
 
 
 def save_training(
-    target: Path, policy: Policy, optimizer: PolicyOptimizer, lightning: dict[str, Any]
+    target: Path,
+    policy: Policy,
+    optimizer: PolicyOptimizer,
+    lightning: dict[str, Any],
+    save_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write weights, optimizer and Lightning's counters. Collective."""
+    """Write weights, optimizer, Lightning's counters and what `save_more` writes. Collective."""
     device = policy.platform.device()
     with _CollectiveFolder(target, policy.layout.is_main) as folder:
         save_state(folder / "weights", policy.sharded_state_dict(), device)
         save_state(folder / "optimizer", {"optimizer": optimizer.sharded_state_dict()}, device)
+        save_more(folder)
         if policy.layout.is_main:
             kept = {name: lightning[name] for name in _KEPT_FROM_LIGHTNING}
             write_json(folder / "lightning.json", kept)

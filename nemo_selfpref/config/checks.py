@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemo_selfpref.config.schema import ArchitectureConfig, OptimConfig, RunConfig
+from nemo_selfpref.config.schema import ArchitectureConfig, OptimConfig, OptimizerName, RunConfig
 from nemo_selfpref.errors import ConfigError
 
 
@@ -118,13 +118,13 @@ def _rollout(cfg: RunConfig) -> Iterator[str]:
 
 def check_optim(where: str, optim: OptimConfig) -> None:
     """Raise ConfigError for optimizer settings out of range."""
-    problems = []
-    if optim.name != "adamw":
-        problems.append(f"{where}.name={optim.name!r}: expected 'adamw'")
+    problems = list(_other_optimizers_settings(where, optim))
     if not optim.lr > 0:
         problems.append(f"{where}.lr={optim.lr}: expected a positive number")
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         problems.append(f"{where}.betas={list(optim.betas)}: expected two numbers in [0, 1)")
+    if not 0 <= optim.alpha < 1:
+        problems.append(f"{where}.alpha={optim.alpha}: expected 0 <= alpha < 1")
     if optim.weight_decay < 0:
         problems.append(f"{where}.weight_decay={optim.weight_decay}: expected 0 or more")
     if not 0 <= optim.sched.warmup_ratio < 1:
@@ -138,6 +138,20 @@ def check_optim(where: str, optim: OptimConfig) -> None:
     if not 0 <= optim.sched.min_lr <= optim.lr:
         problems.append(f"{where}.sched.min_lr={optim.sched.min_lr}: expected 0 <= min_lr <= lr")
     _raise(problems)
+
+
+def _other_optimizers_settings(where: str, optim: OptimConfig) -> Iterator[str]:
+    default = OptimConfig()
+    if optim.name is OptimizerName.rmsprop and list(optim.betas) != default.betas:
+        yield (
+            f"{where}.betas={list(optim.betas)} does nothing with {where}.name=rmsprop, whose "
+            f"smoothing constant is {where}.alpha. Set that, or {where}.name=adamw."
+        )
+    if optim.name is OptimizerName.adamw and optim.alpha != default.alpha:
+        yield (
+            f"{where}.alpha={optim.alpha} does nothing with {where}.name=adamw, whose smoothing "
+            f"constants are {where}.betas. Set those, or {where}.name=rmsprop."
+        )
 
 
 def _split_of_model(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]:

@@ -23,11 +23,31 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class OptimizerName(Enum):
+    adamw = "adamw"
+    rmsprop = "rmsprop"
+
+
 class Scheduler(Enum):
     constant = "constant"
     CosineAnnealing = "CosineAnnealing"
     LinearAnnealing = "LinearAnnealing"
     InverseSquareRoot = "InverseSquareRoot"
+
+
+class RefMode(Enum):
+    """Which weights the reference is."""
+
+    frozen = "frozen"
+    """The weights the run (or its preparation) started from."""
+    fix = "frozen"  # noqa: PIE796 (the SAPO paper's word for it)
+    policy = "policy"
+    """The policy as it was at the last move, every ref_every steps."""
+    ema = "ema"
+    """The moving average of the policy as it was at the last move."""
+    last = "last"
+    """The policy as it was when this iteration began."""
+    none = "none"
 
 
 class DropReason(Enum):
@@ -134,10 +154,15 @@ class SchedulerConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"
+    name: OptimizerName = OptimizerName.adamw
     lr: float = 5e-7
     weight_decay: float = 0.0
+    """adamw takes it off the weights, rmsprop adds it to the clipped gradient (torch's own rules);
+    norms do not decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """adamw's smoothing constants; rmsprop has none."""
+    alpha: float = 0.99
+    """rmsprop's smoothing constant; adamw has none."""
     eps: float = 1e-8
     sched: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -51,7 +51,9 @@ def load_preferences(
         chosen = tokenizer.encode_response(row.messages, row.chosen)
         rejected = tokenizer.encode_response(row.messages, row.rejected)
         _check_lengths(config, len(prompt), len(chosen), len(rejected))
-        return PreferencePair(row.id, prompt, chosen, rejected, provenance=_provenance(row))
+        return PreferencePair(
+            row.id, prompt, chosen, rejected, provenance=_provenance(row), messages=row.messages
+        )
 
     return _load(config, build)
 

@@ -1,7 +1,8 @@
 """Prompt templates: text files whose slots are written {{instruction}}.
 
 A value is untrusted text. It is put in once, so a slot name inside it stays literal, and it cannot
-open or close a tag of the template, so an answer that imitates the prompt stays inside its slot.
+open or close a tag of the template nor spell one of its markers, the labels like "RESPONSE A:" in
+front of a slot. So an answer that imitates the prompt stays inside its slot.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from nemo_selfpref.errors import ConfigError
 
 _SLOT = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 _TAG = re.compile(r"<(/?)([A-Za-z][\w-]*)>")
+# Markdown's stars count as white space: a model reads "**Response B**:" as the label it is.
+_GAP = r"[\s*]"
+# A label's colon, full-width and small forms included, and what comes between it and the slot.
+_COLON = "[:\uff1a\ufe13\ufe55]"
+_BEFORE_SLOT = re.compile(rf"{_COLON}{_GAP}*(?={_SLOT.pattern})")
+# A label begins with its line or behind a sentence, another colon, a slot or a tag.
+_LABEL_START = re.compile(rf"[\n}}>]|{_COLON}|[.?!]\s")
 _GLUED = re.compile(r"(?:[<\w/{-]\{\{\s*\w+\s*\}\})|(?:\{\{\s*\w+\s*\}\}[>\w/}-])|\}\}\{\{")
 
 
@@ -40,10 +48,29 @@ class PromptTemplate:
         opened = {name for slash, name in found if not slash}
         return frozenset(opened & {name for slash, name in found if slash})
 
+    @cached_property
+    def markers(self) -> frozenset[str]:
+        """Labels that stand in front of a slot and end with a colon, as "RESPONSE A:".
+
+        Empty where the only slot ends the template: no section follows that a value could open, and
+        the value (Sr's query) reaches the model as the user wrote it.
+        """
+        slots = list(_SLOT.finditer(self.text))
+        if len(slots) == 1 and slots[0].end() == len(self.text):
+            return frozenset()
+        labels = (
+            _LABEL_START.split(self.text[: colon.start()])[-1]
+            for colon in _BEFORE_SLOT.finditer(self.text)
+        )
+        # "### Query:" and "- Query:" differ in decoration only: a marker begins with a word.
+        words = (re.findall(r"[^\s*]+", re.sub(r"^\W+", "", label)) for label in labels)
+        return frozenset(" ".join(label) + ":" for label in words if label)
+
     def render(self, /, **values: str) -> str:
         """The text with every slot replaced by its value.
 
-        A "<" that would start one of the template's tags becomes "&lt;" inside a value.
+        Inside a value, a "<" that would start one of the template's tags becomes "&lt;", and the
+        colon of one of its markers becomes "&#58;".
 
         Raises:
             ConfigError: a value is missing, left over or not a string.
@@ -68,8 +95,19 @@ class PromptTemplate:
         names = "|".join(re.escape(name) for name in sorted(self.tags))
         return re.compile(rf"<(?=\s*/?\s*(?:{names})(?![\w-]))", re.IGNORECASE)
 
+    @cached_property
+    def _marker(self) -> re.Pattern[str]:
+        # Anywhere, not at line starts only: a value may be put in right behind a label.
+        labels = "|".join(
+            rf"{_GAP}+".join(re.escape(word) for word in marker[:-1].split())
+            for marker in sorted(self.markers)
+        )
+        return re.compile(rf"(?<!\w)((?:{labels}){_GAP}*){_COLON}", re.IGNORECASE)
+
     def _neutralise(self, value: str) -> str:
-        return self._lookalike.sub("&lt;", value) if self.tags else value
+        if self.tags:
+            value = self._lookalike.sub("&lt;", value)
+        return self._marker.sub(r"\1&#58;", value) if self.markers else value
 
 
 def load_template(
@@ -143,7 +181,7 @@ def _check_slots(
     if glued:
         raise ConfigError(
             f"{path}: slot glued to other text at {glued[0]!r}; put each slot on a line of its own "
-            "so that its value cannot complete a tag"
+            "or behind a label's colon, so that its value cannot complete a tag"
         )
 
 

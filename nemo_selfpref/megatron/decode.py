@@ -20,22 +20,23 @@ from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import PackedGPTModel, padded_vocab_size
 from nemo_selfpref.megatron.parallel import pipeline_group, tensor_group
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.objectives.logprobs import float32_matmul
-from nemo_selfpref.types import TokenIds
+from nemo_selfpref.types import TokenIds, WeightSet
 
 
 class KVDecoder:
     """Decodes one batch at a time. Every rank of a model replica calls the same methods in the
     same order; logits come back on the last pipeline stage, None elsewhere."""
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, weights: WeightSets | None = None) -> None:
+        self.policy, self.weights = policy, weights or WeightSets(policy)
         self._cache: KVCache | None = None
         self._lengths = torch.empty(0, dtype=torch.int64)
 
-    @property
-    def weight_version(self) -> int:
-        return self.policy.weight_version
+    def using(self, weight_set: WeightSet) -> contextlib.AbstractContextManager[int]:
+        """Decode with these weights inside the block; yields their version."""
+        return self.weights.using(weight_set)
 
     def begin(self, prompts: Sequence[TokenIds], max_new_tokens: int) -> Tensor | None:
         """Read the prompts; logits float32 [B, vocabulary] of each one's next token."""

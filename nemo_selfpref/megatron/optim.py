@@ -7,9 +7,15 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from nemo_selfpref.config.schema import OptimConfig, Precision, Scheduler, SchedulerConfig
+from nemo_selfpref.config.schema import (
+    OptimConfig,
+    OptimizerName,
+    Precision,
+    Scheduler,
+    SchedulerConfig,
+)
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.policy import Policy
 
@@ -34,6 +40,8 @@ class PolicyOptimizer(torch.optim.Optimizer):
         )
         with device_scope():
             self.inner = get_megatron_optimizer(settings, [policy.ddp])
+        if config.name is OptimizerName.rmsprop:
+            _exchange_for_rmsprop(cast(ChainedOptimizer, self.inner), config)
         # Megatron marks norms with wd_mult 0, which only its own scheduler would apply.
         for group in self.inner.param_groups:
             group["weight_decay"] *= group["wd_mult"]
@@ -79,6 +87,42 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def load_sharded(self, state: dict[str, Any]) -> None:
         with device_scope():
             self.inner.load_state_dict(state)
+
+
+def _exchange_for_rmsprop(inner: ChainedOptimizer, config: OptimConfig) -> None:
+    """Put torch's RMSprop in the place of every Adam in a new Megatron optimizer.
+
+    get_megatron_optimizer builds adam and sgd only. What it puts around them (float32 main weights,
+    clipping over all model-parallel ranks, sharded state) asks of the torch optimizer no more than
+    its parameter groups and its state, so both can change hands while there is no state yet.
+    """
+    for wrapped in inner.chained_optimizers:
+        adam = wrapped.optimizer
+        assert not adam.state
+        # Megatron's marks on a group stay, and the float32 main weights in it; Adam's settings go.
+        groups = [
+            {key: value for key, value in group.items() if key not in adam.defaults}
+            for group in adam.param_groups
+        ]
+        wrapped.optimizer = torch.optim.RMSprop(
+            groups,
+            lr=config.lr,
+            alpha=config.alpha,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        wrapped.init_state_fn = _make_rmsprop_state
+
+
+def _make_rmsprop_state(optimizer: torch.optim.Optimizer, _: OptimizerConfig | None = None) -> None:
+    """Zeros in the shape of RMSprop's state, for a checkpoint to be read into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "square_avg": torch.zeros_like(parameter),
+                }
 
 
 def learning_rate_factor(step: int, num_steps: int, config: SchedulerConfig, lr: float) -> float:

@@ -33,6 +33,7 @@ from nemo_selfpref.megatron.parallel import (
     tensor_group,
 )
 from nemo_selfpref.megatron.platform import Platform
+from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.logprobs import sum_by_sequence, token_logprobs
 from nemo_selfpref.objectives.objective import Objective, PairLogps, Pass
 
@@ -46,25 +47,6 @@ class SequenceLogps:
 
     sums: Tensor
     lengths: Tensor
-
-
-@dataclass(frozen=True)
-class ReferenceLogps:
-    """Reference log-prob sums of every row of a stage, float32 [num_rows] each."""
-
-    chosen: Tensor
-    rejected: Tensor
-
-    def of(self, rows: Sequence[int], policy: PairLogps) -> PairLogps:
-        index = torch.tensor(rows)
-        return PairLogps(
-            chosen=self.chosen[index].to(policy.chosen.device),
-            chosen_len=policy.chosen_len,
-            rejected=self.rejected[index].to(policy.rejected.device),
-            rejected_len=policy.rejected_len,
-            full_chosen=torch.zeros_like(policy.full_chosen),
-            full_chosen_len=policy.full_chosen_len,
-        )
 
 
 class Policy:
@@ -98,16 +80,16 @@ class Policy:
         self,
         batches: Sequence[PackedBatch],
         objective: Objective,
-        reference: ReferenceLogps | None,
+        inputs: StepInputs,
     ) -> dict[str, float]:
         """Forward and backward over one global batch; leaves gradients for the optimizer.
 
-        Returns the metrics of the whole global batch, equal on every rank. Gradients are those of
-        sum(loss) / sum(weight) over the global batch.
+        The batches' row numbers count the rows of `inputs`. Returns the metrics of the whole global
+        batch, equal on every rank. Gradients are those of sum(loss) / sum(weight) over it.
         """
         self.module.train()
         self._clear_gradients()
-        step = partial(self._train_step, objective=objective, reference=reference)
+        step = partial(self._train_step, objective=objective, inputs=inputs)
         with device_scope():
             outputs = get_forward_backward_func()(
                 forward_step_func=step,
@@ -131,17 +113,16 @@ class Policy:
         batches: Iterator[PackedBatch],
         model: torch.nn.Module,
         objective: Objective,
-        reference: ReferenceLogps | None,
+        inputs: StepInputs,
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches).to(self.platform.device())
         hidden = self._forward(model, batch)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             policy = self.pair_logps(hidden, batch)
-            passes = {Pass.POLICY: policy}
-            if reference is not None:
-                passes[Pass.REFERENCE] = reference.of(batch.rows, policy)
-            result = objective(passes)
+            passes = {name: logps.of(batch.rows, policy) for name, logps in inputs.passes.items()}
+            strength = inputs.strength[list(batch.rows)].to(policy.chosen.device)
+            result = objective({Pass.POLICY: policy, **passes}, strength)
             # Megatron divides the summed gradient by the global sum of weights.
             scale = 1 if batch.counted else 0
             total, weight = result.loss.sum() * scale, result.weight.sum() * scale

@@ -82,11 +82,14 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        save_training(Path(filepath), self._policy, self._optimizer, checkpoint)
+        steps = self._stage.steps
+        save_training(Path(filepath), self._policy, self._optimizer, checkpoint, steps.save)
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         self._loading = Path(checkpoint_path)
-        return load_training(self._loading, self._policy)
+        restored = load_training(self._loading, self._policy)
+        self._stage.steps.load(self._loading)
+        return restored
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Weights were read in load_checkpoint."""
@@ -109,6 +112,11 @@ class MegatronStrategy(DDPStrategy):
     def _policy(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module.policy
+
+    @property
+    def _stage(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.stage
 
     @property
     def _optimizer(self) -> Any:

@@ -97,6 +97,20 @@ class Console:
             table.add_row(*(_cell(value) for value in row))
         self._rich.print(table)
 
+    def details(self, summary: Sequence[Mapping[str, Any]]) -> None:
+        """What was measured on the rollouts, and how replay went."""
+        measured = [
+            [facts["stage"], name, value]
+            for facts in summary
+            for name, value in facts.get("metrics", {}).items()
+        ]
+        if measured:
+            self.table("Measured on the way (means)", ("stage", "metric", "value"), measured)
+        for facts in summary:
+            for title, bins in facts.get("histograms", {}).items():
+                columns = (title.split(" (")[0], "count", "")
+                self.table(f"{facts['stage']}: {title}", columns, histogram_rows(bins))
+
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
@@ -105,27 +119,36 @@ def _cell(value: Any) -> str:
 
 
 def summary_rows(summary: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """The closing table's rows: stage, rows or answers, tokens, steps, seconds, dropped."""
+    """The closing table's rows: stage, rows or answers, dropped, tokens, steps, loss, seconds. What
+    a stage made on the way (its `reports`) follows it."""
     rows = []
     for facts in summary:
-        dropped = facts.get("dropped", {})
+        made = facts.get("generated_tokens", facts.get("completion_tokens", facts.get("tokens", 0)))
         rows.append(
             [
                 facts["stage"],
                 facts.get("kept", facts.get("rows", facts.get("answers", ""))),
-                ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items())),
-                int(
-                    facts.get(
-                        "generated_tokens", facts.get("tokens", facts.get("completion_tokens", 0))
-                    )
-                )
-                or "",
+                _dropped(facts.get("dropped", {})),
+                int(made) or "",
                 facts.get("steps", ""),
                 round(facts["loss"], 4) if "loss" in facts else "",
                 round(facts["seconds"], 1) if "seconds" in facts else "",
             ]
         )
+        for title, report in facts.get("reports", {}).items():
+            name = f"{facts['stage']}: {title}"
+            rows.append([name, report["kept"], _dropped(report["dropped"]), "", "", "", ""])
     return rows
+
+
+def _dropped(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
+
+
+def histogram_rows(bins: Mapping[str, int]) -> list[list[Any]]:
+    """Bin, count and a bar of at most 40 blocks."""
+    most = max(bins.values(), default=0) or 1
+    return [[label, count, "#" * round(40 * count / most)] for label, count in bins.items()]
 
 
 SUMMARY_COLUMNS = ("stage", "rows", "dropped", "tokens", "steps", "last loss", "seconds")

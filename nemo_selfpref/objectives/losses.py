@@ -25,13 +25,10 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def log_ratio_difference(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor
-) -> Tensor:
-    """h, shape [B], from four log-prob sums of shape [B]."""
-    return (widen(policy_chosen) - widen(ref_chosen)) - (
-        widen(policy_rejected) - widen(ref_rejected)
-    )
+def log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
+    """log pi(y|x) - log pi_ref(y|x), shape [B], from two log-prob sums of shape [B]; h is the
+    chosen answer's less the rejected one's."""
+    return widen(policy) - widen(reference)
 
 
 def dpo_loss(h: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -50,6 +47,35 @@ def ipo_loss(h: Tensor, beta: float) -> Tensor:
     """(h - 1/(2 beta))^2, shape [B] (Azar et al. 2023, eq. 17). The caller decides whether h is
     made of sums or of per-token means."""
     return (widen(h) - 1.0 / (2.0 * beta)) ** 2
+
+
+def spce_loss(h: Tensor, strength: Tensor, beta: float) -> Tensor:
+    """-p logsigmoid(beta h) - (1 - p) logsigmoid(-beta h), shape [B] (Zhai et al. 2024, eq. 8).
+
+    p is strength [B], P(chosen beats rejected), not clipped: a judge may put it below 1/2. p = 1
+    is DPO. Misprints of the paper, which its gradient contradicts: eq. 8 lacks the minus, and
+    eqs. 6 and 7 lose a parenthesis, so that beta scales the chosen answer's log-ratio only.
+    """
+    z, p = beta * widen(h), widen(strength)
+    return -(p * logsigmoid(z) + (1 - p) * logsigmoid(-z))
+
+
+def sr_dpo_loss(h: Tensor, delta: Tensor, beta: float, lam: float) -> Tensor:
+    """-logsigmoid(beta h - lambda sg[Delta]), shape [B] (Yu et al. 2024, eq. 13, algorithm 1).
+
+    delta [B] is the refined margin, beta times h of the prompt-augmented query (eq. 12); sg stops
+    its gradient. lambda = 0 is DPO.
+    """
+    return -logsigmoid(beta * widen(h) - lam * widen(delta).detach())
+
+
+def sr_ipo_loss(h: Tensor, delta: Tensor, beta: float, lam: float) -> Tensor:
+    """(h - lambda sg[Delta] - 1/(2 beta))^2, shape [B] (Yu et al. 2024, eq. 15, algorithm 2).
+
+    delta [B] as for sr_dpo_loss; what proposition 3.4 derives has no beta in it. The caller
+    decides that, and makes both h and delta of sums or both of per-token means. lambda = 0 is IPO.
+    """
+    return ipo_loss(widen(h) - lam * widen(delta).detach(), beta)
 
 
 def log1mexp(a: Tensor) -> Tensor:

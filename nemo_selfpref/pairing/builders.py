@@ -42,32 +42,90 @@ def improved_over_draft(
         if better is None:
             report.drop("refinement_prompt_too_long", demo.source)
             continue
-        reason = _fault(demo.prompt_ids, draft, better, limits)
+        reason = pair_fault(demo.prompt_ids, draft, better, limits)
         if reason is not None:
             report.drop(reason, demo.source)
             continue
-        provenance = {
-            "source": demo.source,
-            "weight_version": better.weight_version,
-            "chosen": _origin(better),
-            "rejected": _origin(draft),
-        }
-        pairs.append(
-            PreferencePair(
-                id=demo.id,
-                prompt_ids=demo.prompt_ids,
-                chosen_ids=better.token_ids,
-                rejected_ids=draft.token_ids,
-                provenance=provenance,
-            )
-        )
+        pairs.append(make_pair(demo.id, demo, better, draft))
     report.kept = len(pairs)
     return pairs, report
 
 
-def _fault(
+def target_over_sample(
+    demonstrations: Sequence[Demonstration],
+    samples: Sequence[Completion],
+    limits: PairLimits,
+    suffix: str = "",
+) -> tuple[list[PreferencePair], DropReport]:
+    """Pairs (x, the row's own answer chosen, a sample rejected) (SPIN, section 4)."""
+    report = DropReport()
+    pairs = []
+    for demo, sample in zip(demonstrations, samples, strict=True):
+        reason = target_fault(demo, sample.token_ids, limits)
+        if reason is not None:
+            report.drop(reason, demo.source)
+            continue
+        pairs.append(target_pair(f"{demo.id}{suffix}", demo, sample.token_ids, sample))
+    report.kept = len(pairs)
+    return pairs, report
+
+
+def target_pair(
+    name: str,
+    demo: Demonstration,
+    rejected: TokenIds,
+    sample: Completion,
+    facts: Mapping[str, Any] | None = None,
+) -> PreferencePair:
+    """The row's own answer over `rejected`, which came out of `sample`."""
+    origin = {"source": demo.source, "weight_version": sample.weight_version}
+    provenance = {**origin, "chosen": "data", "rejected": _origin(sample), **(facts or {})}
+    return PreferencePair(
+        id=name,
+        prompt_ids=demo.prompt_ids,
+        chosen_ids=demo.response_ids,
+        rejected_ids=rejected,
+        provenance=provenance,
+    )
+
+
+def target_fault(demo: Demonstration, rejected: TokenIds, limits: PairLimits) -> str | None:
+    """Why the row's answer and a rejected one make no pair, or None."""
+    if rejected == demo.response_ids:
+        return "identical_pair"
+    if len(demo.prompt_ids) + max(len(rejected), len(demo.response_ids)) > limits.max_length:
+        return "too_long"
+    return None
+
+
+def make_pair(
+    name: str,
+    demo: Demonstration,
+    chosen: Completion,
+    rejected: Completion,
+    facts: Mapping[str, Any] | None = None,
+) -> PreferencePair:
+    """A pair of two completions, with where they come from."""
+    provenance = {
+        "source": demo.source,
+        "weight_version": chosen.weight_version,
+        "chosen": _origin(chosen),
+        "rejected": _origin(rejected),
+        **(facts or {}),
+    }
+    return PreferencePair(
+        id=name,
+        prompt_ids=demo.prompt_ids,
+        chosen_ids=chosen.token_ids,
+        rejected_ids=rejected.token_ids,
+        provenance=provenance,
+    )
+
+
+def pair_fault(
     prompt: TokenIds, rejected: Completion, chosen: Completion, limits: PairLimits
 ) -> str | None:
+    """Why two completions make no pair, or None."""
     if chosen.token_ids == rejected.token_ids:
         return "identical_pair"
     if limits.drop_truncated_chosen and chosen.finish_reason is FinishReason.LENGTH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from nemo_selfpref.types import (
     Completion,
     FinishReason,
     GenerationRequest,
+    LabelScores,
     SamplingParams,
     TokenIds,
     WeightSet,
@@ -27,8 +29,7 @@ _COMPACT_BELOW = 0.6
 class Decoder(Protocol):
     """What the engine needs of a model (megatron/decode.py)."""
 
-    @property
-    def weight_version(self) -> int: ...
+    def using(self, weight_set: WeightSet) -> AbstractContextManager[int]: ...
     def begin(self, prompts: Sequence[TokenIds], max_new_tokens: int) -> Tensor | None: ...
     def advance(self, tokens: Tensor) -> Tensor | None: ...
     def keep(self, rows: Tensor) -> None: ...
@@ -41,9 +42,14 @@ class _Running:
 
     index: int
     request: GenerationRequest
+    limit: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
+    stopped: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped or len(self.token_ids) >= self.limit
 
 
 class EmbeddedEngine:
@@ -83,52 +89,85 @@ class EmbeddedEngine:
         on_done: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """See RolloutEngine.generate."""
-        if weight_set is not WeightSet.POLICY:
-            raise RolloutError(
-                "the embedded engine decodes on the policy's weights; "
-                f"got weight set {weight_set.value}"
-            )
-        self._check(requests, params)
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
+        running = [_Running(i, r, _limit(r, params)) for i, r in enumerate(requests)]
+        for sequence in running:
+            self._check(sequence.request.id, sequence.request.prompt_ids, sequence.limit)
+
+        def decode(numbers: list[int]) -> tuple[dict[str, list[Any]], int]:
+            finished = self._decode([running[n] for n in numbers], params)
+            return finished, sum(len(entry[0]) for entry in finished.values())
+
+        with self.decoder.using(weight_set) as version:
+            done = self._over_replicas([r.prompt_ids for r in requests], decode, on_done)
+        return [_completion(r, e, weight_set, version) for r, e in zip(requests, done, strict=True)]
+
+    def label_scores(
+        self,
+        prompts: Sequence[TokenIds],
+        labels: TokenIds,
+        weight_set: WeightSet = WeightSet.POLICY,
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[LabelScores]:
+        """See RolloutEngine.label_scores."""
+        for number, prompt in enumerate(prompts):
+            self._check(str(number), prompt, 0)
+
+        def weigh(numbers: list[int]) -> tuple[dict[str, list[Any]], int]:
+            logits = self.decoder.begin([prompts[n] for n in numbers], 0)
+            if logits is None:
+                return {}, 0
+            logprobs = logits.log_softmax(-1)
+            rows = torch.cat([logprobs[:, list(labels)], logprobs.amax(-1, keepdim=True)], dim=1)
+            return {str(n): row for n, row in zip(numbers, rows.tolist(), strict=True)}, 0
+
+        with self.decoder.using(weight_set):
+            done = self._over_replicas(prompts, weigh, on_done)
+        return [LabelScores(tuple(row[:-1]), row[-1]) for row in done]
+
+    def _over_replicas(
+        self,
+        prompts: Sequence[TokenIds],
+        work: Callable[[list[int]], tuple[dict[str, list[Any]], int]],
+        on_done: Callable[[int, int], None] | None,
+    ) -> list[list[Any]]:
+        """Share the prompts out, longest first, and join what `work` makes of each batch."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         mine = order[self.replica :: self.num_replicas]
         done: dict[str, list[Any]] = {}
         with torch.no_grad():
             for batch in _chunks(mine, self.batch_size):
-                finished = self._decode([_Running(i, requests[i]) for i in batch], params)
+                finished, tokens = work(batch)
                 done.update(self._gather_stages(finished)[-1])
                 if on_done is not None:
-                    tokens = sum(len(entry[0]) for entry in finished.values())
                     on_done(len(batch) * self.num_replicas, tokens * self.num_replicas)
         for part in self._gather(done):
             done.update(part)
-        version = self.decoder.weight_version
-        return [_completion(r, done[str(i)], version) for i, r in enumerate(requests)]
+        return [done[str(i)] for i in range(len(prompts))]
 
-    def _check(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> None:
-        for request in requests:
-            length = len(request.prompt_ids)
-            if length == 0:
-                raise RolloutError(f"prompt {request.id} is empty: expected at least one token")
-            if length + params.max_new_tokens > self.max_length:
-                raise RolloutError(
-                    f"prompt {request.id} has {length} tokens; with rollout.max_new_tokens="
-                    f"{params.max_new_tokens} that passes the model's {self.max_length}. "
-                    "Lower rollout.max_new_tokens or data.max_prompt_length."
-                )
+    def _check(self, name: str, prompt: TokenIds, new_tokens: int) -> None:
+        if not prompt:
+            raise RolloutError(f"prompt {name} is empty: expected at least one token")
+        if len(prompt) + new_tokens > self.max_length:
+            raise RolloutError(
+                f"prompt {name} has {len(prompt)} tokens; with rollout.max_new_tokens="
+                f"{new_tokens} that passes the model's {self.max_length}. "
+                "Lower rollout.max_new_tokens or data.max_prompt_length."
+            )
 
     def _decode(self, batch: list[_Running], params: SamplingParams) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {}
         active = batch
-        logits = self.decoder.begin([s.request.prompt_ids for s in active], params.max_new_tokens)
-        for step in range(params.max_new_tokens):
+        longest = max(s.limit for s in active)
+        logits = self.decoder.begin([s.request.prompt_ids for s in active], longest)
+        for step in range(longest):
             tokens = self._sample(active, logits, params, step)
             self._append(active, tokens)
-            if all(s.finished for s in active) or step + 1 == params.max_new_tokens:
+            if all(s.finished for s in active):
                 break
             active, tokens = self._compact(active, tokens)
             logits = self.decoder.advance(tokens)
         for sequence in batch:
-            reason = FinishReason.STOP if sequence.finished else FinishReason.LENGTH
+            reason = FinishReason.STOP if sequence.stopped else FinishReason.LENGTH
             done[str(sequence.index)] = [sequence.token_ids, sequence.logprobs, reason.value]
         return done
 
@@ -148,7 +187,7 @@ class EmbeddedEngine:
         for sequence, token in zip(active, tokens.tolist(), strict=True):
             if not sequence.finished:
                 sequence.token_ids.append(token)
-                sequence.finished = token in self.stop_ids
+                sequence.stopped = token in self.stop_ids
 
     def _compact(self, active: list[_Running], tokens: Tensor) -> tuple[list[_Running], Tensor]:
         running = [i for i, s in enumerate(active) if not s.finished]
@@ -164,13 +203,20 @@ def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
         yield items[start : start + size]
 
 
-def _completion(request: GenerationRequest, entry: list[Any], version: int) -> Completion:
+def _limit(request: GenerationRequest, params: SamplingParams) -> int:
+    own = request.max_new_tokens
+    return params.max_new_tokens if own is None else min(own, params.max_new_tokens)
+
+
+def _completion(
+    request: GenerationRequest, entry: list[Any], weight_set: WeightSet, version: int
+) -> Completion:
     tokens, logprobs, reason = entry
     return Completion(
         id=request.id,
         token_ids=tuple(tokens),
         logprobs=tuple(logprobs),
         finish_reason=FinishReason(reason),
-        weight_set=WeightSet.POLICY,
+        weight_set=weight_set,
         weight_version=version,
     )

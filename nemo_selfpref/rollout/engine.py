@@ -6,11 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nemo_selfpref.types import Completion, GenerationRequest, SamplingParams, WeightSet
+from nemo_selfpref.types import (
+    Completion,
+    GenerationRequest,
+    LabelScores,
+    SamplingParams,
+    TokenIds,
+    WeightSet,
+)
 
 
 class RolloutEngine(Protocol):
-    """Samples completions."""
+    """Samples completions, and weighs labels as the next token."""
 
     def generate(
         self,
@@ -27,5 +34,19 @@ class RolloutEngine(Protocol):
         Raises:
             RolloutError: a prompt is empty or too long for the model, or the weight set is one
                 this engine does not hold.
+        """
+        ...
+
+    def label_scores(
+        self,
+        prompts: Sequence[TokenIds],
+        labels: TokenIds,
+        weight_set: WeightSet = WeightSet.POLICY,
+        on_done: Callable[[int, int], None] | None = None,
+    ) -> list[LabelScores]:
+        """Log-probs of the label tokens right after each prompt, in the order of the prompts.
+
+        Raises:
+            RolloutError: as in generate.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,11 +14,13 @@ from nemo_selfpref.checkpoint.files import write_text
 from nemo_selfpref.checkpoint.training_state import is_checkpoint
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.models.nemo_adapter import exp_manager
-from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
+from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
+from nemo_selfpref.models.stage import TrainingStage
 from nemo_selfpref.models.strategy import MegatronStrategy
 from nemo_selfpref.monitor.console import Console
 
 METRICS = "metrics.jsonl"
+_OF_ROLLOUTS = ("judge/", "replay/", "rollout/", "strength", "marginal", "augmented/")
 
 
 def fit_stage(
@@ -26,18 +29,21 @@ def fit_stage(
     cfg: RunConfig,
     folder: Path,
     console: Console,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train to the end of the stage, continuing from its newest checkpoint if there is one.
 
-    Returns the last step's metrics and `tokens` of the whole stage.
+    Returns the last step's metrics, and of the whole stage `tokens` and mean `metrics` of the
+    rollouts.
     """
     model.begin_stage(stage)
-    assert model.batches is not None
+    assert model.numbers is not None
     newest = newest_checkpoint(folder)
-    if newest is not None:
-        model.batches.start = step_of(newest)
+    if newest is None:
+        stage.steps.begin()
+    else:
+        model.numbers.start = step_of(newest)
     if model.policy.layout.is_main:
-        _forget_steps_after(folder / METRICS, model.batches.start)
+        _forget_steps_after(folder / METRICS, model.numbers.start)
     recorder = _Recorder(folder, cfg, model, console, stage)
     trainer = _trainer(model, stage, cfg, folder, recorder)
     model.set_trainer(trainer)
@@ -76,7 +82,7 @@ def _trainer(
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
         max_epochs=1,
-        max_steps=stage.plan.num_steps,
+        max_steps=stage.steps.num_steps,
         log_every_n_steps=cfg.trainer.log_every_n_steps,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -116,7 +122,7 @@ class _Recorder(pl.Callback):
         self._bar: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._context = self.console.progress(self.stage.name, self.stage.plan.num_steps, "steps")
+        self._context = self.console.progress(self.stage.name, self.stage.steps.num_steps, "steps")
         self._bar = self._context.__enter__()
         self._bar(trainer.global_step, 0)
 
@@ -127,8 +133,8 @@ class _Recorder(pl.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / METRICS, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(metrics) + "\n")
-        if metrics["step"] % self.every == 0 or metrics["step"] == self.stage.plan.num_steps:
-            self.console.metrics(self.stage.name, self.stage.plan.num_steps, metrics)
+        if metrics["step"] % self.every == 0 or metrics["step"] == self.stage.steps.num_steps:
+            self.console.metrics(self.stage.name, self.stage.steps.num_steps, metrics)
         every = self.params.every_n_train_steps
         if every and metrics["step"] % every == 0:
             trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{metrics['step']:06d}")
@@ -149,11 +155,13 @@ class _Recorder(pl.Callback):
         if self._bar is not None:
             self._context.__exit__(None, None, None)
 
-    def result(self) -> dict[str, float]:
-        """Last metrics, and the tokens of the whole stage, also of steps before a resume."""
+    def result(self) -> dict[str, Any]:
+        """Last metrics; of the whole stage, steps before a resume too, the tokens and the means of
+        what was measured on the rollouts."""
         path = self.folder / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return {
-            **self.model.last_metrics,
-            "tokens": sum(json.loads(line)["tokens"] for line in lines),
-        }
+        steps = [json.loads(line) for line in lines]
+        measured = {n for step in steps for n in step if n.startswith(_OF_ROLLOUTS)}
+        means = {n: fmean(s[n] for s in steps if n in s) for n in sorted(measured)}
+        tokens = sum(step["tokens"] for step in steps)
+        return {**self.model.last_metrics, "tokens": tokens, "metrics": means}

@@ -1,50 +1,55 @@
-"""A run: it builds the model, offers algorithms their stages, and remembers what is done.
+"""A run: it offers algorithms their stages, and remembers what is done.
 
-Nothing here knows a method. Each call an algorithm makes (sample, perplexities, ask, train) is a
-stage with a folder of its own; when a run is started again, finished stages are read back instead
-of being computed, and a training stage continues from its newest checkpoint.
+Nothing here knows a method. Each call an algorithm makes (sample, label_scores, perplexities, ask,
+train) is a stage with a folder of its own; when a run is started again, finished stages are read
+back instead of being computed, and a training stage continues from its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from nemo_selfpref.algorithms.base import TrainSettings
+from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.files import read_json, write_json
-from nemo_selfpref.checkpoint.training_state import load_weights, save_weights
+from nemo_selfpref.checkpoint.training_state import save_weights
 from nemo_selfpref.config.loader import to_typed
-from nemo_selfpref.config.paths import prompts_dir
+from nemo_selfpref.config.schema import RefMode
 from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.data.dataset import load_demonstrations, load_preferences
-from nemo_selfpref.data.templates import PromptTemplate, load_template
-from nemo_selfpref.data.tokenizer import ChatTokenizer
+from nemo_selfpref.data.templates import PromptTemplate
 from nemo_selfpref.errors import DataError
-from nemo_selfpref.megatron.parallel import (
-    barrier,
-)
-from nemo_selfpref.megatron.policy import Policy, ReferenceLogps
-from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel, TrainingStage
+from nemo_selfpref.megatron.parallel import barrier
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.weights import WeightSets
+from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
+from nemo_selfpref.models.stage import StepSource, TrainingStage
 from nemo_selfpref.monitor.console import Console
-from nemo_selfpref.objectives.objective import Objective, Pass
+from nemo_selfpref.objectives.objective import Objective
 from nemo_selfpref.pairing.filters import perplexity
-from nemo_selfpref.rollout.engine import RolloutEngine
 from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest, write_requests
+from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.fit import fit_stage
-from nemo_selfpref.training.session import embedded_engine
+from nemo_selfpref.training.places import WeightPlaces
+from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.session import Start, embedded_engine
+from nemo_selfpref.training.steps import FixedSteps, OnlineSteps, Passes
 from nemo_selfpref.training.store import (
     RunFolder,
     done_facts,
     is_done,
     mark_done,
     read_completions,
+    read_label_scores,
     write_completions,
+    write_label_scores,
     write_pairs,
     write_tensors,
 )
@@ -52,9 +57,8 @@ from nemo_selfpref.types import (
     Completion,
     Demonstration,
     DropReport,
-    GenerationRequest,
+    LabelScores,
     PreferencePair,
-    SamplingParams,
     TokenIds,
     TrainingRow,
     WeightSet,
@@ -70,17 +74,25 @@ class Run:
         self,
         cfg: DictConfig,
         policy: Policy,
-        tokenizer: ChatTokenizer,
+        start: Start,
         folder: RunFolder,
         console: Console,
     ) -> None:
         self.cfg = to_typed(cfg)
-        self.policy, self.tokenizer = policy, tokenizer
+        self.policy, self.tokenizer = policy, start.tokenizer
         self.folder, self.console = folder, console
         self.model = MegatronGPTPreferenceModel(cfg.model, policy)
-        self.engine: RolloutEngine = embedded_engine(policy, tokenizer, self.cfg.rollout.batch_size)
+        self.weights = WeightSets(policy)
+        self.places = WeightPlaces(self.weights, start, self.cfg.seed)
+        engine = embedded_engine(policy, self.tokenizer, self.cfg.rollout.batch_size, self.weights)
+        self.rollouts = EngineRollouts(
+            self.cfg,
+            self.tokenizer,
+            engine,
+            self.places.ready,
+            policy.arch.max_position_embeddings,
+        )
         self.summary: list[dict[str, Any]] = []
-        self._unread_weights: Path | None = None
 
     # -- data ---------------------------------------------------------------------------------
 
@@ -89,49 +101,58 @@ class Run:
         self.note("demonstrations", report)
         return rows
 
-    def preferences(self) -> list[PreferencePair]:
-        rows, report = load_preferences(self.cfg.data, self.tokenizer)
+    def preferences(self, paths: Sequence[str] | None = None) -> list[PreferencePair]:
+        data = replace(self.cfg.data, train_path=list(paths)) if paths else self.cfg.data
+        rows, report = load_preferences(data, self.tokenizer)
         self.note("preference pairs", report)
         return rows
 
     def template(
         self, name: str, required: frozenset[str], optional: frozenset[str] = frozenset()
     ) -> PromptTemplate:
-        return load_template(name, required, optional, folder=prompts_dir())
+        return self.rollouts.template(name, required, optional)
 
-    def encode_user(self, row: Demonstration, text: str) -> TokenIds:
-        system = [m for m in row.messages if m["role"] == "system"]
-        return self.tokenizer.encode_prompt([*system, {"role": "user", "content": text}])
+    def encode_user(self, row: Demonstration | PreferencePair, text: str) -> TokenIds:
+        return self.rollouts.encode_user(row, text)
+
+    def fits(self, prompt: TokenIds, new_tokens: int | None = None) -> bool:
+        return self.rollouts.fits(prompt, new_tokens)
 
     def note(self, stage: str, report: DropReport) -> None:
         self.summary.append({"stage": stage, "kept": report.kept, "dropped": dict(report.dropped)})
         self.console.rows(stage, report)
 
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Facts about the stage before, for the closing table."""
+        assert self.summary, "metrics are logged about a stage that is listed"
+        self.summary[-1] = {**self.summary[-1], "metrics": dict(metrics)}
+
     # -- rollouts -----------------------------------------------------------------------------
 
-    def sample(self, name: str, prompts: Sequence[tuple[str, TokenIds]]) -> list[Completion]:
+    def sample(
+        self,
+        name: str,
+        prompts: Sequence[tuple[str, TokenIds]],
+        *,
+        weights: WeightSet = WeightSet.POLICY,
+        limits: Sequence[int] | None = None,
+    ) -> list[Completion]:
         stage = self.folder.stage(name)
         path = stage / "completions.parquet"
         if is_done(stage):
             self._skip(name, stage)
             return read_completions(path)
-        self._read_weights()
-        rollout = self.cfg.rollout
-        params = SamplingParams(
-            rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
-        )
-        requests = [
-            GenerationRequest(id, ids, seed_of(self.cfg.seed, name, id)) for id, ids in prompts
-        ]
         started = time.monotonic()
-        with self.console.progress(name, len(requests), "answers") as progress:
-            found = self.engine.generate(requests, params, WeightSet.POLICY, progress)
+        with self.console.progress(name, len(prompts), "answers") as progress:
+            found = self.rollouts.sample(
+                name, prompts, weights=weights, limits=limits, progress=progress
+            )
         facts = {
             "stage": name,
             "answers": len(found),
             "generated_tokens": sum(len(c.token_ids) for c in found),
             "seconds": time.monotonic() - started,
-            "weight_version": self.policy.weight_version,
+            "weight_version": self.weights.version(weights),
             "truncated": sum(c.finish_reason.value == "length" for c in found),
         }
         if self.policy.layout.is_main:
@@ -139,11 +160,35 @@ class Run:
         self._finish(stage, facts)
         return found
 
+    def label_scores(
+        self,
+        name: str,
+        prompts: Sequence[TokenIds],
+        labels: TokenIds,
+        *,
+        weights: WeightSet = WeightSet.POLICY,
+    ) -> list[LabelScores]:
+        stage = self.folder.stage(name)
+        path = stage / "labels.parquet"
+        if is_done(stage):
+            self._skip(name, stage)
+            return read_label_scores(path)
+        started = time.monotonic()
+        with self.console.progress(name, len(prompts), "judgements") as progress:
+            found = self.rollouts.label_scores(
+                name, prompts, labels, weights=weights, progress=progress
+            )
+        if self.policy.layout.is_main:
+            write_label_scores(path, found)
+        facts = {"stage": name, "answers": len(found), "seconds": time.monotonic() - started}
+        self._finish(stage, facts)
+        return found
+
     def perplexities(self, name: str, rows: Sequence[tuple[TokenIds, TokenIds]]) -> list[float]:
         stage = self.folder.stage(name)
         path = stage / "logprobs.safetensors"
         if not is_done(stage):
-            self._read_weights()
+            self.places.ready(WeightSet.POLICY)
             with self.console.progress(name, len(rows), "answers scored") as progress:
                 found = self.policy.score(rows, lambda n: progress(n, 0))
             if self.policy.layout.is_main:
@@ -154,10 +199,6 @@ class Run:
             perplexity(total, length)
             for total, length in zip(saved["sums"].tolist(), saved["lengths"].tolist(), strict=True)
         ]
-
-    def fits(self, prompt: TokenIds) -> bool:
-        longest = self.policy.arch.max_position_embeddings
-        return len(prompt) + self.cfg.rollout.max_new_tokens <= longest
 
     def ask(
         self, name: str, make_teacher: Callable[[], Teacher], requests: Sequence[TeacherRequest]
@@ -214,91 +255,121 @@ class Run:
         settings: TrainSettings = TrainSettings(),
     ) -> None:
         stage = self.folder.stage(name)
-        if is_done(stage):
-            self._unread_weights = stage / "weights"
-            self._skip(name, stage)
+        if self._trained(name, stage):
             return
-        if not rows:
-            raise DataError(
-                f"stage {name} has no rows left to train on; see the counts of dropped rows above"
-            )
-        self._read_weights()
+        _refuse_empty(name, rows)
         if self.policy.layout.is_main and isinstance(rows[0], PreferencePair):
             write_pairs(stage / "pairs.parquet", [r for r in rows if isinstance(r, PreferencePair)])
-        plan = self._training_stage(name, stage, rows, objective, settings)
+        plan = self._plan(name, len(rows), settings.global_batch_size, settings)
+        copies = StageCopies(self.weights, settings.reference, settings.averaging)
+        steps = FixedSteps(rows, plan, copies, self._passes(copies, objective))
+        if steps.scored_once:
+            self._score_once(name, stage, steps, settings.reference.mode)
+        facts = self._fit(name, stage, steps, objective, settings)
+        copies.end()
+        self._finish(stage, {**facts, "rows": len(rows)})
+
+    def train_online(
+        self,
+        name: str,
+        rows: Sequence[Demonstration],
+        pairs: PairMaker,
+        objective: Objective,
+        settings: TrainSettings = TrainSettings(),
+        prompts_per_step: int | None = None,
+    ) -> None:
+        stage = self.folder.stage(name)
+        if self._trained(name, stage):
+            return
+        _refuse_empty(name, rows)
+        plan = self._plan(name, len(rows), prompts_per_step, settings)
+        copies = StageCopies(self.weights, settings.reference, settings.averaging)
+        passes = self._passes(copies, objective)
+        steps = OnlineSteps(rows, plan, pairs, self.rollouts, stage, copies, passes)
+        facts = self._fit(name, stage, steps, objective, settings)
+        copies.end()
+        made = {
+            "reports": {title: asdict(report) for title, report in steps.reports.items()},
+            "generated_tokens": steps.generated_tokens,
+            "histograms": {title: dict(bins) for title, bins in pairs.histograms().items()},
+        }
+        self._finish(stage, {**facts, **made})
+
+    def freeze(self) -> None:
+        self.places.freeze()
+
+    def reset_policy(self) -> None:
+        self.places.reset()
+
+    def _trained(self, name: str, stage: Path) -> bool:
+        """Whether the stage is done already, and then where its weights are."""
+        if not is_done(stage):
+            self.places.ready(WeightSet.POLICY)
+            return False
+        self.places.arrive(stage / "weights", done_facts(stage)["weight_version"], loaded=False)
+        self._skip(name, stage)
+        return True
+
+    def _plan(
+        self, name: str, num_rows: int, batch_size: int | None, settings: TrainSettings
+    ) -> StepPlan:
+        cfg = self.cfg
+        return StepPlan(
+            num_rows=num_rows,
+            global_batch_size=batch_size or cfg.model.global_batch_size,
+            max_epochs=settings.max_epochs or cfg.trainer.max_epochs,
+            max_steps=cfg.trainer.max_steps,
+            seed=seed_of(cfg.seed, name) % 2**31,
+            shuffle=cfg.data.shuffle,
+        )
+
+    def _passes(self, copies: StageCopies, objective: Objective) -> Passes:
+        return Passes(self.policy, copies, objective, self.places.ready)
+
+    def _score_once(self, name: str, stage: Path, steps: FixedSteps, mode: RefMode) -> None:
+        unmoved = mode is RefMode.last or self.places.policy_is_frozen
+        total = 2 * len(steps.rows) * len(steps.scored_once)
+        with self.console.progress(f"{name}: reference", total, "answers") as progress:
+            steps.score_once(stage / "reference.safetensors", unmoved, lambda n: progress(n, 0))
+
+    def _fit(
+        self,
+        name: str,
+        stage: Path,
+        steps: StepSource,
+        objective: Objective,
+        settings: TrainSettings,
+    ) -> dict[str, Any]:
+        """Train the stage to its end and keep its weights; what to tell of it."""
+        fitted = TrainingStage(
+            name=name,
+            steps=steps,
+            objective=objective,
+            optim=settings.optim or self.cfg.model.optim,
+            gradient_clip_val=self.cfg.trainer.gradient_clip_val,
+            micro_batch_size=self.cfg.model.micro_batch_size,
+        )
         started = time.monotonic()
-        last = fit_stage(self.model, plan, self.cfg, stage, self.console)
+        self.places.leave()
+        last = fit_stage(self.model, fitted, self.cfg, stage, self.console)
         save_weights(stage / "weights", self.policy, self.tokenizer)
-        facts = {
+        self.places.arrive(stage / "weights", self.policy.weight_version, loaded=True)
+        return {
             "stage": name,
-            "steps": plan.plan.num_steps,
-            "rows": len(rows),
+            "steps": steps.num_steps,
             "seconds": time.monotonic() - started,
             "weight_version": self.policy.weight_version,
             **last,
         }
-        self._finish(stage, facts)
-
-    def _training_stage(
-        self,
-        name: str,
-        stage: Path,
-        rows: Sequence[TrainingRow],
-        objective: Objective,
-        settings: TrainSettings,
-    ) -> TrainingStage:
-        cfg = self.cfg
-        reference = None
-        if Pass.REFERENCE in objective.passes:
-            pairs = [r for r in rows if isinstance(r, PreferencePair)]
-            reference = self._reference(name, stage, pairs)
-        return TrainingStage(
-            name=name,
-            rows=rows,
-            plan=StepPlan(
-                num_rows=len(rows),
-                global_batch_size=settings.global_batch_size or cfg.model.global_batch_size,
-                max_epochs=settings.max_epochs or cfg.trainer.max_epochs,
-                max_steps=cfg.trainer.max_steps,
-                seed=seed_of(cfg.seed, name) % 2**31,
-                shuffle=cfg.data.shuffle,
-            ),
-            objective=objective,
-            optim=settings.optim or cfg.model.optim,
-            gradient_clip_val=cfg.trainer.gradient_clip_val,
-            micro_batch_size=cfg.model.micro_batch_size,
-            reference=reference,
-        )
-
-    def _reference(self, name: str, stage: Path, pairs: Sequence[PreferencePair]) -> ReferenceLogps:
-        """Log-probs of every pair under the weights the stage starts from, computed once."""
-        path = stage / "reference.safetensors"
-        if not path.exists():
-            both = [(p.prompt_ids, p.chosen_ids) for p in pairs]
-            both += [(p.prompt_ids, p.rejected_ids) for p in pairs]
-            with self.console.progress(f"{name}: reference", len(both), "answers") as progress:
-                found = self.policy.score(both, lambda n: progress(n, 0))
-            if self.policy.layout.is_main:
-                chosen, rejected = found.sums.float().chunk(2)
-                write_tensors(path, {"chosen": chosen.clone(), "rejected": rejected.clone()})
-            barrier()
-        saved = load_file(path)
-        return ReferenceLogps(chosen=saved["chosen"], rejected=saved["rejected"])
 
     def save_final(self) -> Path:
         """The trained weights as RUN/checkpoint."""
-        self._read_weights()
+        self.places.ready(WeightSet.POLICY)
         target = self.folder.path / "checkpoint"
         save_weights(target, self.policy, self.tokenizer)
         return target
 
     # -- helpers ------------------------------------------------------------------------------
-
-    def _read_weights(self) -> None:
-        """Load the newest finished training stage that this process has only skipped so far."""
-        if self._unread_weights is not None:
-            load_weights(self._unread_weights, self.policy)
-            self._unread_weights = None
 
     def _skip(self, name: str, stage: Path) -> None:
         """List a finished stage as it was."""
@@ -312,3 +383,10 @@ class Run:
         barrier()
         if listed:
             self.summary.append(facts)
+
+
+def _refuse_empty(name: str, rows: Sequence[TrainingRow]) -> None:
+    if not rows:
+        raise DataError(
+            f"stage {name} has no rows left to train on; see the counts of dropped rows above"
+        )

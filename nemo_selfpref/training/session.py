@@ -24,6 +24,7 @@ from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.megatron.parallel import Layout
 from nemo_selfpref.megatron.platform import select_platform
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.rollout.embedded import EmbeddedEngine
 
 
@@ -115,12 +116,17 @@ def build_policy(cfg: RunConfig, start: Start) -> tuple[Policy, Layout]:
     return policy, layout
 
 
-def embedded_engine(policy: Policy, tokenizer: ChatTokenizer, batch_size: int) -> EmbeddedEngine:
+def embedded_engine(
+    policy: Policy,
+    tokenizer: ChatTokenizer,
+    batch_size: int,
+    weights: WeightSets | None = None,
+) -> EmbeddedEngine:
     """The engine that decodes on this policy's weights, over all its replicas and stages."""
     device, layout = policy.platform.device(), policy.layout
     replicas, stages = parallel.replica_group(), parallel.pipeline_group()
     return EmbeddedEngine(
-        KVDecoder(policy),
+        KVDecoder(policy, weights),
         stop_ids=tokenizer.stop_ids,
         max_length=policy.arch.max_position_embeddings,
         batch_size=batch_size,

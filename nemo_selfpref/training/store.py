@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from torch import Tensor
 
 from nemo_selfpref.checkpoint.files import fsync_path, read_json, write_json, write_text
 from nemo_selfpref.errors import CheckpointError, ConfigError
-from nemo_selfpref.types import Completion, FinishReason, PreferencePair, WeightSet
+from nemo_selfpref.types import (
+    Completion,
+    FinishReason,
+    LabelScores,
+    PreferencePair,
+    TokenIds,
+    WeightSet,
+)
 
 _FREE_ON_RESUME = (
     "trainer.devices",
@@ -148,15 +155,42 @@ def read_completions(path: Path) -> list[Completion]:
     ]
 
 
+def write_label_scores(path: Path, scores: Sequence[LabelScores]) -> None:
+    _write_table(path, [asdict(score) for score in scores])
+
+
+def read_label_scores(path: Path) -> list[LabelScores]:
+    return [LabelScores(tuple(row["logprobs"]), row["best"]) for row in _read_table(path)]
+
+
 def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
-    """Pairs with their provenance as Parquet, atomically."""
-    _write_table(
-        path,
-        [
-            {**asdict(p), "provenance": json.dumps(dict(p.provenance), sort_keys=True)}
-            for p in pairs
-        ],
-    )
+    """Pairs with their provenance as Parquet, atomically; the messages stay with the data."""
+    rows = []
+    for pair in pairs:
+        row = asdict(replace(pair, messages=()))
+        row.pop("messages")
+        rows.append({**row, "provenance": json.dumps(dict(pair.provenance), sort_keys=True)})
+    _write_table(path, rows)
+
+
+def read_pairs(path: Path) -> list[PreferencePair]:
+    """What write_pairs wrote."""
+    return [
+        PreferencePair(
+            id=row["id"],
+            prompt_ids=tuple(row["prompt_ids"]),
+            chosen_ids=tuple(row["chosen_ids"]),
+            rejected_ids=tuple(row["rejected_ids"]),
+            strength=row["strength"],
+            provenance=json.loads(row["provenance"]),
+            augmented_prompt_ids=_optional_ids(row["augmented_prompt_ids"]),
+        )
+        for row in _read_table(path)
+    ]
+
+
+def _optional_ids(ids: list[int] | None) -> TokenIds | None:
+    return None if ids is None else tuple(ids)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -79,7 +79,7 @@ def train(cfg: DictConfig) -> Outcome:
     )
     folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
     _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy)
-    run = Run(cfg, policy, start.tokenizer, folder, console)
+    run = Run(cfg, policy, start, folder, console)
     pick_algorithm(typed).run(run)
     checkpoint = run.save_final()
     hf = _export(typed, run, checkpoint)
@@ -87,6 +87,7 @@ def train(cfg: DictConfig) -> Outcome:
         write_json(folder.path / "summary.json", run.summary)
         title = f"{typed.algorithm.name}: {typed.name}"
         console.table(title, SUMMARY_COLUMNS, summary_rows(run.summary))
+        console.details(run.summary)
         console.say(f"checkpoint  {checkpoint}")
         console.say(f"HF export   {hf or 'off (export.hf=false)'}")
         console.say(f"log         {folder.path / 'stages'} (metrics.jsonl, TensorBoard logs)")

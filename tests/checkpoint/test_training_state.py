@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import MakePolicy, save_llama
+from tiny import MakePolicy, in_precision, save_llama
 
-from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource
+from nemo_selfpref.checkpoint.sharded import ShardReader
 from nemo_selfpref.checkpoint.training_state import (
     architecture_of,
-    fill_policy,
     is_checkpoint,
     load_optimizer,
     load_training,
@@ -19,12 +19,13 @@ from nemo_selfpref.checkpoint.training_state import (
     save_training,
     save_weights,
 )
-from nemo_selfpref.config.schema import OptimConfig, Precision
+from nemo_selfpref.config.schema import OptimConfig, OptimizerName, Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.objective import SFTObjective
 
 LIGHTNING: dict[str, Any] = {
@@ -38,36 +39,31 @@ LIGHTNING: dict[str, Any] = {
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1)
 
 
-def trainer_of(policy: Policy) -> PolicyOptimizer:
-    return PolicyOptimizer(policy, OPTIM, clip_grad=1.0)
+def trainer_of(policy: Policy, name: OptimizerName = OptimizerName.adamw) -> PolicyOptimizer:
+    return PolicyOptimizer(policy, replace(OPTIM, name=name), clip_grad=1.0)
 
 
 def step(optimizer: PolicyOptimizer, number: int) -> tuple[float, float]:
     """One step on rows of its own; the loss and the gradient norm."""
     rows = [((5, 6, 7 + number), (8, 9, 2)), ((5, 60), (8 + number, 11, 12, 2))]
     batch = collate(rows, [0, 1], paired=False)
-    metrics = optimizer.policy.train_batch([batch], SFTObjective(), None)
+    metrics = optimizer.policy.train_batch([batch], SFTObjective(), StepInputs(torch.ones(2)))
     optimizer.step()
     return metrics["loss"], optimizer.grad_norm
 
 
-def in_precision(policy: Policy, precision: Precision, folder: Path) -> Policy:
-    made = Policy(policy.arch, policy.config, precision, policy.platform, policy.layout)
-    fill_policy(made, HuggingFaceSource(folder, policy.arch))
-    return made
-
-
+@pytest.mark.parametrize("name", list(OptimizerName))
 @pytest.mark.parametrize("precision", list(Precision))
 def test_resuming_is_bit_for_bit_the_same(
-    policy: Policy, precision: Precision, llama_folder: Path, tmp_path: Path
+    policy: Policy, precision: Precision, name: OptimizerName, llama_folder: Path, tmp_path: Path
 ) -> None:
-    straight = trainer_of(in_precision(policy, precision, llama_folder))
+    straight = trainer_of(in_precision(policy, precision, llama_folder), name)
     for number in range(2):
         step(straight, number)
     save_training(tmp_path / "step-2", straight.policy, straight, LIGHTNING)
     want = [step(straight, number) for number in (2, 3)]
 
-    resumed = trainer_of(in_precision(policy, precision, llama_folder))
+    resumed = trainer_of(in_precision(policy, precision, llama_folder), name)
     assert resumed.policy.weight_version == 0
     load_training(tmp_path / "step-2", resumed.policy)
     load_optimizer(tmp_path / "step-2", resumed)
@@ -79,18 +75,63 @@ def test_resuming_is_bit_for_bit_the_same(
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("name", list(OptimizerName))
 def test_without_the_optimizers_state_it_would_not_be(
-    policy: Policy, make_policy: MakePolicy, llama_folder: Path, tmp_path: Path
+    policy: Policy,
+    make_policy: MakePolicy,
+    name: OptimizerName,
+    llama_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    straight = trainer_of(policy)
+    straight = trainer_of(policy, name)
     for number in range(2):
         step(straight, number)
     save_training(tmp_path / "step-2", policy, straight, LIGHTNING)
     want = [step(straight, number) for number in (2, 3)]
-    fresh = trainer_of(make_policy(llama_folder))
+    fresh = trainer_of(make_policy(llama_folder), name)
     load_training(tmp_path / "step-2", fresh.policy)
     got = [step(fresh, number) for number in (2, 3)]
     assert got[0] == want[0] and got[1] != want[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tensors"),
+    [(Precision.fp32, {"square_avg"}), (Precision.bf16, {"square_avg", "fp32_param"})],
+)
+def test_state_of_rmsprop(
+    policy: Policy,
+    precision: Precision,
+    tensors: set[str],
+    llama_folder: Path,
+    tmp_path: Path,
+) -> None:
+    made = in_precision(policy, precision, llama_folder)
+    optimizer = trainer_of(made, OptimizerName.rmsprop)
+    for number in range(3):
+        step(optimizer, number)
+    save_training(tmp_path / "step-3", made, optimizer, LIGHTNING)
+    keys = {key.split(".")[2] for key in ShardReader(tmp_path / "step-3" / "optimizer").names()}
+    assert keys == tensors  # optimizer.state.square_avg.decoder...
+
+    again = trainer_of(in_precision(policy, precision, llama_folder), OptimizerName.rmsprop)
+    load_optimizer(tmp_path / "step-3", again)
+    states = list(zip(again.state.items(), optimizer.state.items(), strict=True))
+    assert len(states) == len(list(made.module.parameters()))
+    for (_, ours), (_, theirs) in states:
+        assert ours.keys() == theirs.keys() == {"step", "square_avg"}
+        assert ours["step"].item() == theirs["step"].item() == 3.0
+        assert torch.equal(ours["square_avg"], theirs["square_avg"])
+
+
+def test_state_of_the_other_optimizer_is_refused(
+    policy: Policy, make_policy: MakePolicy, llama_folder: Path, tmp_path: Path
+) -> None:
+    optimizer = trainer_of(policy)
+    step(optimizer, 0)
+    save_training(tmp_path / "step-1", policy, optimizer, LIGHTNING)
+    other = trainer_of(make_policy(llama_folder), OptimizerName.rmsprop)
+    with pytest.raises(CheckpointError, match=r"no tensor optimizer\.state\.square_avg\."):
+        load_optimizer(tmp_path / "step-1", other)
 
 
 def test_what_lightning_gets_back(policy: Policy, tmp_path: Path) -> None:

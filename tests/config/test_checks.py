@@ -10,6 +10,7 @@ from nemo_selfpref.config.schema import (
     ArchitectureConfig,
     DataConfig,
     OptimConfig,
+    OptimizerName,
     RunConfig,
     SchedulerConfig,
 )
@@ -73,7 +74,6 @@ def test_the_defaults_pass() -> None:
         ("rollout.top_k", -1, "rollout.top_k=-1: expected 0 (off) or more"),
         ("rollout.max_new_tokens", 0, "rollout.max_new_tokens=0: expected at least 1"),
         ("rollout.batch_size", 0, "rollout.batch_size=0: expected at least 1"),
-        ("model.optim.name", "sgd", "model.optim.name='sgd': expected 'adamw'"),
         ("model.optim.lr", 0.0, "model.optim.lr=0.0: expected a positive number"),
         ("model.optim.lr", float("nan"), "model.optim.lr=nan: expected a positive number"),
         ("model.optim.betas", [0.9], "model.optim.betas=[0.9]: expected two numbers in [0, 1)"),
@@ -104,6 +104,39 @@ def test_warmup_is_given_once() -> None:
     optim = OptimConfig(sched=SchedulerConfig(warmup_steps=5, warmup_ratio=0.1))
     with pytest.raises(ConfigError, match=r"where\.sched: give warmup_steps or warmup_ratio, not"):
         check_optim("where", optim)
+
+
+def test_each_optimizer_takes_its_own_settings() -> None:
+    check_optim("where", OptimConfig(OptimizerName.adamw, betas=[0.8, 0.95]))
+    check_optim("where", OptimConfig(OptimizerName.rmsprop, alpha=0.9))
+    check_optim("where", OptimConfig(OptimizerName.rmsprop, alpha=0.0))
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        (
+            OptimConfig(OptimizerName.rmsprop, betas=[0.9, 0.95]),
+            "where.betas=[0.9, 0.95] does nothing with where.name=rmsprop, whose smoothing "
+            "constant is where.alpha. Set that, or where.name=adamw.",
+        ),
+        (
+            OptimConfig(OptimizerName.adamw, alpha=0.9),
+            "where.alpha=0.9 does nothing with where.name=adamw, whose smoothing constants are "
+            "where.betas. Set those, or where.name=rmsprop.",
+        ),
+    ],
+)
+def test_settings_of_the_other_optimizer(optim: OptimConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_optim("where", optim)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("alpha", [1.0, -0.1, float("nan")])
+def test_alpha_is_a_share(alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"^where\.alpha=\S+: expected 0 <= alpha < 1$"):
+        check_optim("where", OptimConfig(OptimizerName.rmsprop, alpha=alpha))
 
 
 def test_a_batch_split_over_replicas() -> None:

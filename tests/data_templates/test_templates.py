@@ -12,6 +12,11 @@ from nemo_selfpref.data.templates import PromptTemplate, load_template
 from nemo_selfpref.errors import ConfigError
 
 PROMPTS = Path(__file__).parents[2] / "conf" / "prompts"
+LABELLED = {
+    "judge_helpful": frozenset({"instruction", "response_a", "response_b"}),
+    "judge_summary": frozenset({"instruction", "response_a", "response_b"}),
+    "sr_augment": frozenset({"query"}),
+}
 SHIPPED = {
     "sgpo_target": frozenset({"instruction", "reference", "response"}),
     "sgpo_improve": frozenset({"instruction", "response"}),
@@ -37,7 +42,13 @@ def write(folder: Path, text: str | bytes, name: str = "mine") -> Path:
 
 
 def shipped(name: str) -> PromptTemplate:
-    return load_template(name, SHIPPED[name], folder=PROMPTS)
+    return load_template(name, (SHIPPED | LABELLED)[name], folder=PROMPTS)
+
+
+def test_every_file_of_the_folder_loads_with_its_slots() -> None:
+    assert {file.stem for file in PROMPTS.iterdir()} == SHIPPED.keys() | LABELLED.keys()
+    for name, slots in (SHIPPED | LABELLED).items():
+        assert shipped(name).slots == slots
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -56,6 +67,15 @@ def test_target_prompt_makes_the_demands_of_the_paper() -> None:
     assert "Response-B (low quality):\n<response_b>\nDRAFT\n" in text
     for demand in ("edit distance", "lower than or equal to that of response-A", "response only"):
         assert demand in text
+
+
+def test_improve_prompt_serves_as_refinement_prompt_without_reference() -> None:
+    template = load_template("sgpo_improve", NEEDED, frozenset({"reference"}), PROMPTS)
+    assert template.slots == NEEDED
+    text = template.render(instruction="Q", response="D")
+    assert "<instruction>\nQ\n</instruction>" in text
+    assert "<current_response>\nD\n</current_response>" in text
+    assert "reference" not in text
 
 
 def test_improve_prompt_refuses_a_reference() -> None:
@@ -160,13 +180,14 @@ def test_bom_and_line_ends_of_another_system_do_not_change_the_prompt(tmp_path: 
 
 
 def test_fingerprint_follows_the_text() -> None:
-    prints = {shipped(name).fingerprint for name in SHIPPED}
-    assert len(prints) == len(SHIPPED)
+    texts = {shipped(name).text for name in SHIPPED | LABELLED}
+    prints = {shipped(name).fingerprint for name in SHIPPED | LABELLED}
+    assert len(prints) == len(texts) == 6
 
 
 @pytest.mark.parametrize("name", ["nothing", "../prompts/sgpo_target", "", "sgpo_target.md"])
 def test_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match="sgpo_improve, sgpo_refine, sgpo_target"):
+    with pytest.raises(ConfigError, match="sgpo_refine, sgpo_target, sr_augment"):
         load_template(name, NEEDED, folder=PROMPTS)
 
 

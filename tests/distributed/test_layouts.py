@@ -1,5 +1,5 @@
 """Every parallel layout against one process: losses, metrics, every gradient, the optimizer's step,
-scores and sampled tokens. Float32; 13 rows in micro-batches of 3, so nothing divides evenly."""
+scores, sampled tokens and averaged weights. Float32; 13 rows in micro-batches of 3, so nothing divides evenly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_selfpref.checkpoint.sharded import ShardReader
 WORKER = Path(__file__).parent / "worker.py"
 ONE = "1,1,0"
 LAYOUTS = {"TP=2": "2,1,0", "TP=2 SP": "2,1,1", "PP=2": "1,2,0", "DP=2": "1,1,0"}
-LOSSES = ("sft", "dpo", "cdpo", "ipo", "orpo")
+LOSSES = ("sft", "dpo", "cdpo", "ipo", "spce", "sr_dpo", "sr_ipo", "orpo")
 # Sums over 13 rows of up to 14 tokens, each log-prob near -6: float32 keeps 1e-6 of 1e2.
 METRIC_TOLERANCE = 2e-4
 GRADIENT_TOLERANCE = 2e-5
@@ -84,7 +84,9 @@ def test_losses_and_metrics(results: dict[str, Path], layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients(results: dict[str, Path], layout: str, loss: str) -> None:
     one, other = results["one"] / f"grad-{loss}", results[layout] / f"grad-{loss}"
-    assert worst_difference(one, other) < GRADIENT_TOLERANCE * (10 if loss == "ipo" else 1)
+    assert worst_difference(one, other) < GRADIENT_TOLERANCE * (
+        10 if loss in ("ipo", "sr_ipo") else 1
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,8 +109,23 @@ def test_gradient_norm_and_clipped_step(results: dict[str, Path], layout: str) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_and_sampled_tokens(results: dict[str, Path], layout: str) -> None:
     one, other = found(results["one"]), found(results[layout])
-    assert torch.tensor(other["scores"]) == pytest.approx(torch.tensor(one["scores"]), abs=2e-4)
+    for name in ("scores", "labels"):  # of the policy, of the EMA
+        assert torch.tensor(other[name]) == pytest.approx(torch.tensor(one[name]), abs=2e-4), name
     assert other["generated"] == one["generated"]
+    assert one["generated"][0] != one["generated"][1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_averaged_weights(results: dict[str, Path], layout: str) -> None:
+    """As written by each layout, and as read from what another wrote."""
+    for name in ("ema", "ema-read"):
+        assert worst_difference(results["one"] / "ema", results[layout] / name) == 0.0
+    # (0.25 + 0.75 / 2) w = 5/8 w
+    ema, stepped = ShardReader(results[layout] / "ema"), ShardReader(results[layout] / "stepped")
+    key, zero = "decoder.layers.0.mlp.linear_fc1.weight", (0, 0)
+    shape = ema.global_shape(key)
+    before = stepped.read(key, zero, shape)
+    torch.testing.assert_close(ema.read(key, zero, shape), 0.625 * before, rtol=0, atol=1e-3)
 
 
 @pytest.mark.gpu

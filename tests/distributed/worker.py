@@ -6,14 +6,16 @@ came out, for test_layouts.py to compare with a single process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from nemo_selfpref.checkpoint.sharded import save_state
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
 from nemo_selfpref.checkpoint.training_state import fill_policy
 from nemo_selfpref.config.schema import (
     Accelerator,
@@ -23,34 +25,54 @@ from nemo_selfpref.config.schema import (
     OptimConfig,
     RunConfig,
 )
-from nemo_selfpref.data.batching import micro_batches
+from nemo_selfpref.data.batching import micro_batches, sequences_of
 from nemo_selfpref.megatron import parallel
 from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.platform import select_platform
-from nemo_selfpref.megatron.policy import Policy, ReferenceLogps
+from nemo_selfpref.megatron.policy import Policy, SequenceLogps
+from nemo_selfpref.megatron.weights import WeightSets
+from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import (
     DPOObjective,
     IPOObjective,
     NLLScope,
+    Objective,
     ORPOObjective,
+    Pass,
     SFTObjective,
+    SPCEObjective,
+    SrDPOObjective,
+    SrIPOObjective,
 )
 from nemo_selfpref.rollout.embedded import EmbeddedEngine
 from nemo_selfpref.training.session import find_start, weights_source
-from nemo_selfpref.types import GenerationRequest, PreferencePair, SamplingParams
+from nemo_selfpref.types import (
+    GenerationRequest,
+    PreferencePair,
+    SamplingParams,
+    TokenIds,
+    WeightSet,
+)
 
 OBJECTIVES = {
     "sft": SFTObjective(),
     "dpo": DPOObjective(0.1),
     "cdpo": DPOObjective(0.1, 0.2),
     "ipo": IPOObjective(0.1),
+    "spce": SPCEObjective(0.1),
+    "sr_dpo": SrDPOObjective(0.1, 0.3),
+    "sr_ipo": SrIPOObjective(0.1, 0.3),
     "orpo": ORPOObjective(0.5, NLLScope.full),
 }
 ROWS, MICRO_BATCH = 13, 3
+SHIFT = torch.linspace(-2, 2, 2 * ROWS)
+SHIFTS = {Pass.REFERENCE: SHIFT, Pass.REFINED: SHIFT.flip(0), Pass.REFINED_REFERENCE: SHIFT.cos()}
+"""By how much the log-probs of each pass differ from the policy's."""
+LABELS = (7, 2, 311)
 
 
-def tokens(count: int, generator: torch.Generator) -> tuple[int, ...]:
+def tokens(count: int, generator: torch.Generator) -> TokenIds:
     return tuple(torch.randint(5, 480, (count,), generator=generator).tolist())
 
 
@@ -58,7 +80,13 @@ def make_rows() -> list[PreferencePair]:
     """13 pairs of unlike lengths: no layout divides them evenly."""
     g = torch.Generator().manual_seed(0)
     return [
-        PreferencePair(str(i), tokens(5 + i % 7, g), tokens(9 + i % 5, g), tokens(3 + i % 11, g))
+        PreferencePair(
+            str(i),
+            tokens(5 + i % 7, g),
+            tokens(9 + i % 5, g),
+            tokens(3 + i % 11, g),
+            strength=1 - i / 20,
+        )
         for i in range(ROWS)
     ]
 
@@ -80,34 +108,47 @@ def config(model: str, tensor: int, pipeline: int, sequence: bool) -> RunConfig:
     return cfg
 
 
-def save_gradients(policy: Policy, folder: Path) -> None:
-    """The gradients in the weights' places, as global tensors."""
-    kept = [p.detach().clone() for p in policy.module.parameters()]
+@contextlib.contextmanager
+def weights_kept(policy: Policy) -> Iterator[list[torch.nn.Parameter]]:
+    """The weights may be changed inside the block and are put back after it."""
+    parameters = list(policy.module.parameters())
     with torch.no_grad():
-        for p in policy.module.parameters():
-            p.copy_(p.main_grad)
-        save_state(folder, policy.sharded_state_dict(), policy.platform.device())
-        for p, value in zip(policy.module.parameters(), kept, strict=True):
+        kept = [p.detach().clone() for p in parameters]
+        yield parameters
+        for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
 
 
-def exercise(cfg: RunConfig, out: Path) -> None:
+def save_gradients(policy: Policy, folder: Path) -> None:
+    """The gradients in the weights' places, as global tensors."""
+    with weights_kept(policy) as parameters:
+        for p in parameters:
+            p.copy_(p.main_grad)
+        save_state(folder, policy.sharded_state_dict(), policy.platform.device())
+
+
+def exercise(cfg: RunConfig, out: Path, first: Path) -> None:
     platform = select_platform(Accelerator.auto)
     start = find_start(cfg)
     layout = parallel.initialize(cfg, platform)
     policy = Policy(start.arch, cfg.model, cfg.trainer.precision, platform, layout)
     fill_policy(policy, weights_source(start, 0))
-    found = {"generated": generate(policy), "losses": {}, "norms": []}
+    weights = WeightSets(policy)
+    engine = make_engine(policy, weights)
     rows = make_rows()
-    both = [(r.prompt_ids, r.chosen_ids) for r in rows] + [
-        (r.prompt_ids, r.rejected_ids) for r in rows
-    ]
+    both = sequences_of(rows, paired=True)
     scored = policy.score(both)
-    found["scores"] = scored.sums.tolist()
-    # A reference other than the policy, so that h and the rewards are not zero.
-    shift = torch.linspace(-2, 2, 2 * ROWS)
-    chosen, rejected = (scored.sums.float() + shift).chunk(2)
-    reference = ReferenceLogps(chosen=chosen, rejected=rejected)
+    average(weights, out, first)
+    with weights.using(WeightSet.EMA):
+        averaged = policy.score(both)
+    sets = (WeightSet.POLICY, WeightSet.EMA)
+    found = {
+        "generated": [generate(engine, name) for name in sets],
+        "labels": [label_scores(engine, name) for name in sets],
+        "scores": [scored.sums.tolist(), averaged.sums.tolist()],
+        "losses": {},
+        "norms": [],
+    }
     for name, objective in OBJECTIVES.items():
         batches = micro_batches(
             rows,
@@ -119,7 +160,7 @@ def exercise(cfg: RunConfig, out: Path) -> None:
             prompt_targets=name == "orpo",
             pad_multiple=layout.tensor_size if cfg.model.sequence_parallel else 1,
         )
-        metrics = policy.train_batch(batches, objective, reference)
+        metrics = policy.train_batch(batches, objective, step_inputs(objective, rows, scored))
         metrics.pop("tokens")  # sequence parallelism pads
         found["losses"][name] = metrics
         save_gradients(policy, out / f"grad-{name}")
@@ -131,12 +172,40 @@ def exercise(cfg: RunConfig, out: Path) -> None:
         (out / "found.json").write_text(json.dumps(found))
 
 
-def generate(policy: Policy) -> list[list[int]]:
+def step_inputs(
+    objective: Objective, rows: list[PreferencePair], scored: SequenceLogps
+) -> StepInputs:
+    """Passes other than the policy, so that h and the rewards are not zero."""
+    passes = {}
+    for name in objective.passes - {Pass.POLICY}:
+        chosen, rejected = (scored.sums.float() + SHIFTS[name]).chunk(2)
+        passes[name] = PassLogps(chosen=chosen, rejected=rejected)
+    return StepInputs(torch.tensor([r.strength for r in rows]), passes)
+
+
+def average(weights: WeightSets, folder: Path, read_from: Path) -> None:
+    """Keep an EMA while the policy moves, write it, and go on with the one another layout wrote.
+
+    The policy moves by a rule that no layout rounds differently, so the EMA must be the same.
+    """
+    policy, device = weights.policy, weights.policy.platform.device()
+    weights.take(WeightSet.EMA, WeightSet.POLICY)
+    with weights_kept(policy) as parameters:
+        torch._foreach_mul_(parameters, 0.5)
+        weights.average(alpha=0.25)
+    save_state(folder / "ema", weights.sharded_state_dict(WeightSet.EMA), device)
+    parallel.barrier()
+    reader = ShardReader(read_from / "ema")
+    weights.fill(WeightSet.EMA, lambda state: load_state(reader, state), version=1)
+    save_state(folder / "ema-read", weights.sharded_state_dict(WeightSet.EMA), device)
+
+
+def make_engine(policy: Policy, weights: WeightSets) -> EmbeddedEngine:
     from megatron.core import parallel_state as ps
 
     layout, device = policy.layout, policy.platform.device()
-    engine = EmbeddedEngine(
-        KVDecoder(policy),
+    return EmbeddedEngine(
+        KVDecoder(policy, weights),
         stop_ids=frozenset({2}),
         max_length=64,
         batch_size=4,
@@ -147,10 +216,23 @@ def generate(policy: Policy) -> list[list[int]]:
             v, ps.get_pipeline_model_parallel_group(), device
         ),
     )
+
+
+def make_prompts() -> list[TokenIds]:
     g = torch.Generator().manual_seed(1)
-    requests = [GenerationRequest(str(i), tokens(4 + i % 5, g), seed=i) for i in range(11)]
-    found = engine.generate(requests, SamplingParams(12, 0.8, 0.95))
+    return [tokens(4 + i % 5, g) for i in range(11)]
+
+
+def generate(engine: EmbeddedEngine, weights: WeightSet) -> list[list[int]]:
+    requests = [GenerationRequest(str(i), ids, seed=i) for i, ids in enumerate(make_prompts())]
+    found = engine.generate(requests, SamplingParams(12, 0.8, 0.95), weights)
     return [list(c.token_ids) for c in found]
+
+
+def label_scores(engine: EmbeddedEngine, weights: WeightSet) -> list[list[float]]:
+    """The labels' log-probs and the best after each prompt."""
+    found = engine.label_scores(make_prompts(), LABELS, weights)
+    return [[*score.logprobs, score.best] for score in found]
 
 
 def main() -> None:
@@ -162,7 +244,8 @@ def main() -> None:
         select_platform(Accelerator.auto)
         if not dist.is_initialized():
             parallel._join(select_platform(Accelerator.auto))
-        exercise(config(model, tensor, pipeline, bool(sequence)), folder)
+        cfg = config(model, tensor, pipeline, bool(sequence))
+        exercise(cfg, folder, Path(out) / layouts[0])
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()

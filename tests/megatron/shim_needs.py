@@ -32,6 +32,7 @@ from nemo_selfpref.megatron import cpu_shim, gpt, optim, parallel, policy
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.platform import select_platform
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.objective import SFTObjective
 
 ARCH = ArchitectureConfig(2, 16, 32, 2, 1, 8, 64)
@@ -51,7 +52,7 @@ def build_step_and_clip(stages: int = 1) -> float:
     fill_policy(model, RandomSource(ARCH, 1))
     optimizer = PolicyOptimizer(model, OptimConfig(lr=1e-3), 0.1)
     batch = collate([((5, 6, 7), (8, 9, 2))], [0], paired=False)
-    model.train_batch([batch], SFTObjective(), None)
+    model.train_batch([batch], SFTObjective(), StepInputs(torch.ones(1)))
     optimizer.step()
     return optimizer.grad_norm
 

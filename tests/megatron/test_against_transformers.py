@@ -11,8 +11,8 @@ from torch.nn.functional import logsigmoid
 
 from nemo_selfpref.checkpoint.hf_weights import to_huggingface
 from nemo_selfpref.data.batching import micro_batches
-from nemo_selfpref.megatron.policy import ReferenceLogps
-from nemo_selfpref.objectives.objective import DPOObjective
+from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
+from nemo_selfpref.objectives.objective import DPOObjective, Pass
 from nemo_selfpref.types import PreferencePair
 
 BETA = 0.1
@@ -50,7 +50,7 @@ def test_dpo_loss_and_gradients(
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     chosen = torch.stack([response_logp(model, p.prompt_ids, p.chosen_ids) for p in pairs])
     rejected = torch.stack([response_logp(model, p.prompt_ids, p.rejected_ids) for p in pairs])
-    reference = ReferenceLogps(chosen.detach() + shift[0], rejected.detach() + shift[1])
+    reference = PassLogps(chosen.detach() + shift[0], rejected.detach() + shift[1])
     h = (chosen - reference.chosen) - (rejected - reference.rejected)
     loss = -logsigmoid(BETA * h).mean()
     loss.backward()
@@ -59,7 +59,8 @@ def test_dpo_loss_and_gradients(
     batches = micro_batches(
         pairs, list(range(5)), replica=0, num_replicas=1, micro_batch_size=2, paired=True
     )
-    metrics = policy.train_batch(batches, DPOObjective(BETA), reference)
+    inputs = StepInputs(torch.ones(5), {Pass.REFERENCE: reference})
+    metrics = policy.train_batch(batches, DPOObjective(BETA), inputs)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     want = {name: p.grad for name, p in model.named_parameters()}
     seen = set()

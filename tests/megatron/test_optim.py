@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MakePolicy
+from tiny import MakePolicy, in_precision
 
-from nemo_selfpref.config.schema import OptimConfig, Scheduler, SchedulerConfig
+from nemo_selfpref.config.schema import (
+    OptimConfig,
+    OptimizerName,
+    Precision,
+    Scheduler,
+    SchedulerConfig,
+)
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.megatron.optim import PolicyOptimizer, learning_rate_factor, make_scheduler
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.objective import SFTObjective
 
 SEQUENCES = [((5, 6, 7), (8, 9, 2)), ((5, 6), (8, 11, 12, 2))]
@@ -71,7 +78,8 @@ def test_past_the_last_step_nothing_breaks(name: Scheduler) -> None:
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Run one batch; the gradients it leaves."""
-    policy.train_batch([collate(SEQUENCES, [0, 1], paired=False)], SFTObjective(), None)
+    batch = collate(SEQUENCES, [0, 1], paired=False)
+    policy.train_batch([batch], SFTObjective(), StepInputs(torch.ones(2)))
     named = policy.module.named_parameters()
     return {name: p.main_grad.clone() for name, p in named}  # type: ignore[attr-defined]
 
@@ -116,6 +124,69 @@ def test_a_step_is_adamw(policy: Policy, decay: float) -> None:
         want = before[name] * (1 - 1e-2 * shrink)
         want -= 1e-2 * grads[name] / (grads[name].abs() + 1e-6)
         torch.testing.assert_close(parameter.detach(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_step_is_rmsprop(policy: Policy, decay: float) -> None:
+    config = OptimConfig(OptimizerName.rmsprop, lr=1e-2, weight_decay=decay, alpha=0.75, eps=1e-3)
+    optimizer = PolicyOptimizer(policy, config, clip_grad=0.0)
+    before = {name: p.detach().clone() for name, p in policy.module.named_parameters()}
+    grads = gradients(policy)
+    optimizer.step()
+    for name, parameter in policy.module.named_parameters():
+        # Norms do not decay; the others' decay is part of their gradient.
+        g = grads[name] if parameter.dim() == 1 else grads[name] + decay * before[name]
+        # v = (1 - 0.75) g^2, so w - lr g / (sqrt(v) + eps) = w - lr g / (|g| / 2 + eps).
+        want = before[name] - 1e-2 * g / (g.abs() / 2 + 1e-3)
+        torch.testing.assert_close(parameter.detach(), want, rtol=1e-5, atol=1e-6)
+
+
+def main_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """The float32 weights that the optimizer steps: the model's own, or those behind bf16."""
+    named = policy.module.named_parameters()
+    return {name: getattr(p, "main_param", p).detach() for name, p in named}
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_steps_equal_those_of_torchs_rmsprop(
+    policy: Policy, precision: Precision, llama_folder: Path
+) -> None:
+    made = in_precision(policy, precision, llama_folder)
+    config = OptimConfig(OptimizerName.rmsprop, lr=1e-3, weight_decay=0.1)
+    optimizer = PolicyOptimizer(made, config, clip_grad=0.5)
+    twins = {n: torch.nn.Parameter(w.clone()) for n, w in main_weights(made).items()}
+    norms = [w for w in twins.values() if w.dim() == 1]
+    others = [w for w in twins.values() if w.dim() > 1]
+    groups = [{"params": norms}, {"params": others, "weight_decay": 0.1}]
+    torchs = torch.optim.RMSprop(groups, lr=1e-3)  # alpha 0.99, eps 1e-8: torch's defaults, ours
+    for _ in range(4):
+        grads = {name: g.float() for name, g in gradients(made).items()}
+        optimizer.step()
+        assert optimizer.grad_norm == pytest.approx(norm_of(grads), rel=1e-5)
+        assert optimizer.grad_norm > 0.5
+        for name, twin in twins.items():
+            # Megatron's clipping adds 1e-6 to the norm.
+            twin.grad = grads[name] * (0.5 / (optimizer.grad_norm + 1e-6))
+        torchs.step()
+        for name, weight in main_weights(made).items():
+            assert torch.equal(weight, twins[name]), name
+        for name, parameter in made.module.named_parameters():
+            assert torch.equal(parameter, main_weights(made)[name].to(parameter.dtype))
+
+
+def test_rmsprop_has_the_groups_of_adamw(make_policy: MakePolicy, llama_folder: Path) -> None:
+    def groups(name: OptimizerName) -> list[tuple[object, ...]]:
+        config = OptimConfig(name, lr=1e-3, weight_decay=0.1)
+        optimizer = PolicyOptimizer(make_policy(llama_folder), config, clip_grad=1.0)
+        marks = ("wd_mult", "lr_mult", "is_expert_parallel", "lr", "weight_decay", "eps")
+        return [
+            (*(group[mark] for mark in marks), [p.shape for p in group["params"]])
+            for group in optimizer.param_groups
+        ]
+
+    found = groups(OptimizerName.rmsprop)
+    assert found == groups(OptimizerName.adamw)
+    assert sorted(group[4] for group in found) == [0.0, 0.1]  # type: ignore[type-var]
 
 
 def test_every_step_is_a_new_weight_version(policy: Policy) -> None:

@@ -11,14 +11,18 @@ from tiny import MakePolicy
 from nemo_selfpref.config.schema import OptimConfig
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate, sequences_of
 from nemo_selfpref.megatron.optim import PolicyOptimizer
-from nemo_selfpref.megatron.policy import Policy, ReferenceLogps, _by_tokens
+from nemo_selfpref.megatron.policy import Policy, _by_tokens
+from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import (
     DPOObjective,
     NLLScope,
     Objective,
     ORPOObjective,
     PairLogps,
+    Pass,
     SFTObjective,
+    SPCEObjective,
+    SrDPOObjective,
 )
 from nemo_selfpref.types import PreferencePair
 
@@ -75,13 +79,24 @@ def test_scoring_is_cut_by_tokens(policy: Policy) -> None:
     assert list(_by_tokens(sequences, [])) == []
 
 
-def reference() -> ReferenceLogps:
-    return ReferenceLogps(
-        chosen=torch.tensor([-19.0, -12.0, -13.0]), rejected=torch.tensor([-12.0, -25.0, -18.0])
-    )
+REFERENCE = PassLogps(
+    chosen=torch.tensor([-19.0, -12.0, -13.0]), rejected=torch.tensor([-12.0, -25.0, -18.0])
+)
+PASSES = {
+    Pass.REFERENCE: REFERENCE,
+    Pass.REFINED: PassLogps(torch.tensor([-17.0, -12.5, -11.0]), REFERENCE.rejected - 1),
+    Pass.REFINED_REFERENCE: PassLogps(REFERENCE.chosen - 2, REFERENCE.rejected),
+}
+STRENGTH = [1.0, 0.6, 0.75]
 
 
-def test_reference_picks_the_rows_of_the_batch() -> None:
+def inputs(objective: Objective) -> StepInputs:
+    """Of PAIRS, with the passes the loss asks for."""
+    passes = {name: PASSES[name] for name in objective.passes - {Pass.POLICY}}
+    return StepInputs(torch.tensor(STRENGTH), passes)
+
+
+def test_a_pass_picks_the_rows_of_the_batch() -> None:
     policy = PairLogps(
         chosen=torch.tensor([-1.0, -2.0]),
         chosen_len=torch.tensor([3, 4]),
@@ -90,7 +105,7 @@ def test_reference_picks_the_rows_of_the_batch() -> None:
         full_chosen=torch.tensor([-5.0, -6.0]),
         full_chosen_len=torch.tensor([7, 8]),
     )
-    found = reference().of((2, 0), policy)
+    found = REFERENCE.of((2, 0), policy)
     assert found.chosen.tolist() == [-13.0, -19.0]
     assert found.rejected.tolist() == [-18.0, -12.0]
     assert found.chosen_len is policy.chosen_len
@@ -100,8 +115,8 @@ def test_metrics_of_a_batch(policy: Policy) -> None:
     objective = DPOObjective(0.1)
     score = policy.score(sequences_of(PAIRS, paired=True))
     chosen, rejected = score.sums[:3], score.sums[3:]
-    h = (chosen - reference().chosen) - (rejected - reference().rejected)
-    metrics = policy.train_batch([batch_of(0, 1), batch_of(2)], objective, reference())
+    h = (chosen - REFERENCE.chosen) - (rejected - REFERENCE.rejected)
+    metrics = policy.train_batch([batch_of(0, 1), batch_of(2)], objective, inputs(objective))
     assert metrics["loss"] == pytest.approx(float(torch.log1p((-0.1 * h).exp()).mean()), rel=1e-5)
     assert metrics["logps/chosen"] == pytest.approx(float(chosen.mean()), rel=1e-5)
     assert metrics["rewards/margins"] == pytest.approx(float(0.1 * h.mean()), rel=1e-4)
@@ -110,18 +125,37 @@ def test_metrics_of_a_batch(policy: Policy) -> None:
     assert metrics["tokens"] == 32
 
 
+def test_every_row_has_its_own_strength(policy: Policy) -> None:
+    """SPCE (OSP, eq. 8): -s log sigmoid(beta h) - (1 - s) log sigmoid(-beta h)."""
+    score = policy.score(sequences_of(PAIRS, paired=True))
+    chosen, rejected = score.sums[:3], score.sums[3:]
+    h = (chosen - REFERENCE.chosen) - (rejected - REFERENCE.rejected)
+    s = torch.tensor(STRENGTH)
+    want = s * torch.log1p((-0.1 * h).exp()) + (1 - s) * torch.log1p((0.1 * h).exp())
+    objective = SPCEObjective(0.1)
+    # Not in the order of the rows.
+    metrics = policy.train_batch([batch_of(2), batch_of(1, 0)], objective, inputs(objective))
+    assert metrics["loss"] == pytest.approx(float(want.mean()), rel=1e-5)
+    assert metrics["strength"] == pytest.approx(2.35 / 3)  # (1 + 0.6 + 0.75) / 3
+
+
 def gradients(
     policy: Policy, batches: Sequence[PackedBatch], objective: Objective
 ) -> dict[str, torch.Tensor]:
-    needs = reference() if isinstance(objective, DPOObjective) else None
-    policy.train_batch(batches, objective, needs)
+    policy.train_batch(batches, objective, inputs(objective))
     named = policy.module.named_parameters()
     return {name: p.main_grad.clone() for name, p in named}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     "objective",
-    [DPOObjective(0.1), ORPOObjective(0.1), SFTObjective()],
+    [
+        DPOObjective(0.1),
+        ORPOObjective(0.1),
+        SFTObjective(),
+        SPCEObjective(0.1),
+        SrDPOObjective(1, 0.3),
+    ],
     ids=lambda o: type(o).__name__,
 )
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches(
@@ -159,7 +193,9 @@ def test_a_stand_in_batch_counts_for_nothing(policy: Policy) -> None:
     objective = SFTObjective()
     alone = gradients(policy, [batch_of(0, paired=False)], objective)
     stand_in = replace(batch_of(1, paired=False), counted=False)
-    metrics = policy.train_batch([batch_of(0, paired=False), stand_in], objective, None)
+    metrics = policy.train_batch(
+        [batch_of(0, paired=False), stand_in], objective, inputs(objective)
+    )
     for name, p in policy.module.named_parameters():
         torch.testing.assert_close(p.main_grad, alone[name], rtol=1e-5, atol=1e-7)  # type: ignore[attr-defined]
     assert metrics["lengths/chosen"] == 3.0 and metrics["tokens"] == 6

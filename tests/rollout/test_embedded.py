@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from engines import PROMPTS, STOP, Catcher, Caught, engine
+from tiny import MakePolicy, scale
 from torch import Tensor
 
 from nemo_selfpref.config.schema import OptimConfig
@@ -13,6 +15,8 @@ from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.weights import WeightSets
+from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.objective import SFTObjective
 from nemo_selfpref.rollout.embedded import EmbeddedEngine
 from nemo_selfpref.rollout.sampling import seed_of
@@ -25,18 +29,7 @@ from nemo_selfpref.types import (
 )
 
 PARAMS = SamplingParams(max_new_tokens=10, temperature=1.0, top_p=0.95)
-PROMPTS = {"a": (5, 6), "b": (7,), "c": (9, 10, 11, 12, 13, 14, 15, 16), "d": (5, 6), "e": (20, 3)}
 REQUESTS = [GenerationRequest(name, ids, seed_of(1, name)) for name, ids in PROMPTS.items()]
-STOP = frozenset(range(3, 100))
-"""A fifth of the vocabulary, so that sequences end at different steps."""
-
-
-def engine(
-    policy: Policy, batch_size: int = 64, stop: frozenset[int] = STOP, max_length: int = 64
-) -> EmbeddedEngine:
-    return EmbeddedEngine(
-        KVDecoder(policy), stop_ids=stop, max_length=max_length, batch_size=batch_size
-    )
 
 
 def tokens_of(completions: list[Completion]) -> dict[str, tuple[int, ...]]:
@@ -70,24 +63,12 @@ def test_replicas_share_the_work(policy: Policy) -> None:
     for replica in range(2):
         shared = engine(policy)
         shared.replica, shared.num_replicas = replica, 2
-        seen = shared._gather = _Catcher()
-        with pytest.raises(_Caught):
+        seen = shared._gather = Catcher()
+        with pytest.raises(Caught):
             shared.generate(REQUESTS, PARAMS)
         parts.append({REQUESTS[int(i)].id: tuple(entry[0]) for i, entry in seen.value.items()})
     assert sorted([*parts[0], *parts[1]]) == list("abcde")
     assert parts[0] | parts[1] == whole
-
-
-class _Caught(Exception):
-    pass
-
-
-class _Catcher:
-    """Stands for the exchange between replicas: keeps what one of them found."""
-
-    def __call__(self, value: dict) -> list:
-        self.value = value
-        raise _Caught
 
 
 def test_the_seed_alone_decides(policy: Policy) -> None:
@@ -133,6 +114,27 @@ def test_max_new_tokens(policy: Policy, count: int) -> None:
     assert {c.finish_reason for c in found} == {FinishReason.LENGTH}
 
 
+def test_a_request_may_have_a_lower_limit(policy: Policy) -> None:
+    limits = {"a": 3, "b": None, "c": 1, "d": 99, "e": 7}
+    requests = [replace(r, max_new_tokens=limits[r.id]) for r in REQUESTS]
+    whole = tokens_of(engine(policy, stop=frozenset()).generate(REQUESTS, PARAMS))
+    found = engine(policy, 2, stop=frozenset()).generate(requests, PARAMS)
+    # 10 is the limit of all.
+    assert [len(c.token_ids) for c in found] == [3, 10, 1, 10, 7]
+    assert all(c.token_ids == whole[c.id][: len(c.token_ids)] for c in found)
+    assert [len(c.logprobs) for c in found] == [3, 10, 1, 10, 7]
+    assert {c.finish_reason for c in found} == {FinishReason.LENGTH}
+
+
+def test_a_lower_limit_makes_room_for_a_longer_prompt(policy: Policy) -> None:
+    long = GenerationRequest("x", (5,) * 60, max_new_tokens=4)
+    (found,) = engine(policy, stop=frozenset()).generate([long], PARAMS)
+    assert len(found.token_ids) == 4
+    message = r"prompt x has 60 tokens; with rollout\.max_new_tokens=5 that passes .* 64\."
+    with pytest.raises(RolloutError, match=message):
+        engine(policy).generate([replace(long, max_new_tokens=5)], PARAMS)
+
+
 def test_a_stop_token_in_the_last_place_is_a_stop(policy: Policy) -> None:
     whole = engine(policy, stop=frozenset()).generate(REQUESTS[:1], PARAMS)[0].token_ids
     place = next(i for i, token in enumerate(whole) if token not in whole[:i] and i > 1)
@@ -146,7 +148,7 @@ def test_completions_name_the_weights_that_made_them(policy: Policy) -> None:
     before = engine(policy).generate(REQUESTS[:1], PARAMS)[0]
     optimizer = PolicyOptimizer(policy, OptimConfig(lr=1e-2), 1.0)
     batch = collate([((5, 6), (7, 2))], [0], paired=False)
-    policy.train_batch([batch], SFTObjective(), None)
+    policy.train_batch([batch], SFTObjective(), StepInputs(torch.ones(1)))
     optimizer.step()
     after = engine(policy).generate(REQUESTS[:1], PARAMS)[0]
     assert (before.weight_version, after.weight_version) == (0, 1)
@@ -169,8 +171,33 @@ def test_a_prompt_too_long_is_refused(policy: Policy) -> None:
 
 
 def test_weights_the_engine_does_not_hold_are_refused(policy: Policy) -> None:
-    with pytest.raises(RolloutError, match="got weight set frozen"):
+    with pytest.raises(RolloutError, match="no frozen weights are held here; there are policy"):
         engine(policy).generate(REQUESTS, PARAMS, WeightSet.FROZEN)
+
+
+@pytest.mark.parametrize("folder", ["llama_folder", "tied_folder"])
+def test_a_weight_set_generates_what_a_policy_of_these_weights_does(
+    request: pytest.FixtureRequest, make_policy: MakePolicy, folder: str
+) -> None:
+    path = request.getfixturevalue(folder)
+    policy = make_policy(path)
+    weights = WeightSets(policy)
+    weights.take(WeightSet.FROZEN, WeightSet.POLICY)
+    weights.take(WeightSet.EMA, WeightSet.POLICY)
+    scale(policy, 2.0)
+    weights.average(alpha=0.5)
+    for name, factor, version in ((WeightSet.FROZEN, 1.0, 0), (WeightSet.EMA, 1.5, 1)):
+        twin = make_policy(path)
+        scale(twin, factor)
+        want = engine(twin).generate(REQUESTS, PARAMS)
+        found = engine(policy, weights=weights).generate(REQUESTS, PARAMS, name)
+        assert tokens_of(found) == tokens_of(want)
+        assert {(c.weight_set, c.weight_version) for c in found} == {(name, version)}
+        for ours, theirs in zip(found, want, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+    own = engine(policy, weights=weights).generate(REQUESTS, PARAMS)
+    assert tokens_of(own) != tokens_of(found)
+    assert {(c.weight_set, c.weight_version) for c in own} == {(WeightSet.POLICY, 1)}
 
 
 def test_no_requests(policy: Policy) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import algorithms
 from nemo_selfpref.config.loader import load_config
@@ -14,10 +17,14 @@ from nemo_selfpref.training.store import (
     is_done,
     mark_done,
     read_completions,
+    read_label_scores,
+    read_pairs,
     write_completions,
+    write_label_scores,
     write_pairs,
+    write_tensors,
 )
-from nemo_selfpref.types import Completion, FinishReason, PreferencePair, WeightSet
+from nemo_selfpref.types import Completion, FinishReason, LabelScores, PreferencePair, WeightSet
 
 SCHEMAS = {name: cls.config_class for name, cls in algorithms().items()}
 
@@ -149,4 +156,35 @@ def test_pairs_with_their_provenance(tmp_path: Path) -> None:
         "chosen_ids": [3],
         "rejected_ids": [4, 5],
         "strength": 1.0,
+        "augmented_prompt_ids": None,
     }
+
+
+def test_pairs_come_back_as_they_were(tmp_path: Path) -> None:
+    provenance = {"source": "f:1", "probabilities": [0.25, 0.5]}
+    pairs = [
+        PreferencePair("a", (1, 2), (3,), (4, 5), 0.75, provenance, augmented_prompt_ids=(9, 1, 2)),
+        PreferencePair("b", (6,), (7,), (8,)),
+    ]
+    write_pairs(tmp_path / "pairs.parquet", pairs)
+    assert read_pairs(tmp_path / "pairs.parquet") == pairs
+
+
+def test_messages_stay_with_the_data(tmp_path: Path) -> None:
+    pair = PreferencePair("a", (1,), (2,), (3,), messages=({"role": "user", "content": "Hi"},))
+    write_pairs(tmp_path / "pairs.parquet", [pair])
+    assert read_pairs(tmp_path / "pairs.parquet") == [replace(pair, messages=())]
+
+
+def test_label_scores_come_back_as_they_were(tmp_path: Path) -> None:
+    scores = [LabelScores((-0.1234567890123, -2.5), -0.125), LabelScores((-1.0, -3.0), -0.5)]
+    write_label_scores(tmp_path / "labels.parquet", scores)
+    assert read_label_scores(tmp_path / "labels.parquet") == scores
+
+
+def test_tensors_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "stage" / "reference.safetensors"
+    for value in (1.5, 2.5):
+        write_tensors(path, {"reference.chosen": torch.tensor([value])})
+    assert load_file(path)["reference.chosen"].tolist() == [2.5]
+    assert [p.name for p in path.parent.iterdir()] == ["reference.safetensors"]

@@ -1,0 +1,80 @@
+"""Which copies of the weights a stage keeps, and when they move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_selfpref.algorithms.base import Averaging, Reference
+from nemo_selfpref.checkpoint.files import read_json, write_json
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
+from nemo_selfpref.config.schema import RefMode
+from nemo_selfpref.megatron.parallel import barrier
+from nemo_selfpref.megatron.weights import WeightSets
+from nemo_selfpref.types import WeightSet
+
+_COPIES = "copies"
+
+
+class StageCopies:
+    """The EMA and the reference of one training stage.
+
+    After every optimizer step the EMA takes its share of the policy where that is due, and then
+    the reference the EMA or the policy where that is due (SAPO, algorithm 1).
+    """
+
+    def __init__(
+        self, weights: WeightSets, reference: Reference, averaging: Averaging | None
+    ) -> None:
+        self.weights, self.reference, self.averaging = weights, reference, averaging
+
+    @property
+    def reference_moves(self) -> bool:
+        return self.reference.mode in (RefMode.policy, RefMode.ema)
+
+    @property
+    def reference_set(self) -> WeightSet:
+        frozen = self.reference.mode is RefMode.frozen
+        return WeightSet.FROZEN if frozen else WeightSet.LAGGED
+
+    def begin(self, keep_reference: bool) -> None:
+        """Start from the policy as it is; `keep_reference` where it is asked after this moment."""
+        if self.averaging is not None:
+            self.weights.take(WeightSet.EMA, WeightSet.POLICY)
+        if keep_reference and self.reference_set is WeightSet.LAGGED:
+            self.weights.take(WeightSet.LAGGED, WeightSet.POLICY)
+
+    def after_step(self, done: int) -> None:
+        if self.averaging is not None and done % self.averaging.every == 0:
+            self.weights.average(self.averaging.alpha)
+        if self.reference_moves and done % self.reference.every == 0:
+            ema = self.reference.mode is RefMode.ema
+            self.weights.take(WeightSet.LAGGED, WeightSet.EMA if ema else WeightSet.POLICY)
+
+    def end(self) -> None:
+        self.weights.drop(WeightSet.EMA)
+        self.weights.drop(WeightSet.LAGGED)
+
+    def save(self, folder: Path) -> None:
+        """Write the copies of this stage. Collective."""
+        kept = [n for n in self.weights.held() if n in (WeightSet.EMA, WeightSet.LAGGED)]
+        policy = self.weights.policy
+        for name in kept:
+            state = self.weights.sharded_state_dict(name)
+            save_state(folder / _COPIES / name.value, state, policy.platform.device())
+        if kept and policy.layout.is_main:
+            versions = {name.value: self.weights.version(name) for name in kept}
+            write_json(folder / _COPIES / "versions.json", versions)
+
+    def load(self, folder: Path) -> None:
+        """Read back what save wrote. Collective."""
+        if not (folder / _COPIES).is_dir():
+            return
+        for name, version in read_json(folder / _COPIES / "versions.json").items():
+            reader = ShardReader(folder / _COPIES / name)
+
+            def read(state: dict[str, Any], reader: ShardReader = reader) -> dict[str, Any]:
+                return load_state(reader, state)
+
+            self.weights.fill(WeightSet(name), read, int(version))
+        barrier()

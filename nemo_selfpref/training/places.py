@@ -1,0 +1,77 @@
+"""Where a run's weights are on disk, and what of them is in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_selfpref.checkpoint.sharded import TensorSource, load_state
+from nemo_selfpref.checkpoint.training_state import fill_policy, weights_of
+from nemo_selfpref.megatron.weights import WeightSets
+from nemo_selfpref.training.session import Start, weights_source
+from nemo_selfpref.types import WeightSet
+
+
+class WeightPlaces:
+    """Follows the policy from one stage's weights to the next, and remembers the frozen ones.
+
+    Weights are read from disk only when something is asked of them, so a resumed run that skips
+    its finished stages reads none but the last.
+    """
+
+    def __init__(self, weights: WeightSets, start: Start, seed: int) -> None:
+        self.weights, self.start, self.seed = weights, start, seed
+        first = (None, weights.policy.weight_version)
+        self._frozen: tuple[Path | None, int] = first
+        self._current: tuple[Path | None, int] = first
+        self._newest = weights.policy.weight_version
+        self._loaded = True
+
+    @property
+    def policy_is_frozen(self) -> bool:
+        """Whether no training lies between the frozen weights and the policy's."""
+        return self._current == self._frozen
+
+    def arrive(self, folder: Path, version: int, loaded: bool) -> None:
+        """The policy is now what `folder` holds; `loaded` if it is in memory already."""
+        self._current, self._newest, self._loaded = (folder, version), version, loaded
+
+    def leave(self) -> None:
+        """Training begins: the policy is no longer what the current folder holds."""
+        self._current = (Path(), -1)
+
+    def freeze(self) -> None:
+        self._frozen = self._current
+        self.weights.drop(WeightSet.FROZEN)
+
+    def reset(self) -> None:
+        """The policy goes back to the frozen weights, under a version of its own."""
+        folder, _ = self._frozen
+        self._newest += 1
+        self._current, self._loaded = (folder, self._newest), False
+        self._frozen = self._current
+        self.weights.drop(WeightSet.FROZEN)
+
+    def ready(self, name: WeightSet) -> None:
+        """Have these weights in memory. Collective."""
+        if not self._loaded:
+            fill_policy(self.weights.policy, self._source(self._current[0]))
+            self.weights.policy.weight_version = self._current[1]
+            self._loaded = True
+        if name is WeightSet.FROZEN and name not in self.weights:
+            self._fill_frozen()
+
+    def _fill_frozen(self) -> None:
+        folder, version = self._frozen
+        if self.policy_is_frozen:
+            self.weights.take(WeightSet.FROZEN, WeightSet.POLICY)
+            return
+        source = self._source(folder)
+
+        def read(state: dict[str, Any]) -> dict[str, Any]:
+            return load_state(source, state)
+
+        self.weights.fill(WeightSet.FROZEN, read, version)
+
+    def _source(self, folder: Path | None) -> TensorSource:
+        return weights_source(self.start, self.seed) if folder is None else weights_of(folder)

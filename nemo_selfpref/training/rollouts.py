@@ -1,0 +1,109 @@
+"""Asking the model, straight on the engine: what a stage and a step of an online stage share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from nemo_selfpref.config.paths import prompts_dir
+from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.data.templates import PromptTemplate, load_template
+from nemo_selfpref.data.tokenizer import ChatTokenizer
+from nemo_selfpref.rollout.engine import RolloutEngine
+from nemo_selfpref.rollout.sampling import seed_of
+from nemo_selfpref.types import (
+    Completion,
+    Demonstration,
+    DropReport,
+    GenerationRequest,
+    LabelScores,
+    PreferencePair,
+    SamplingParams,
+    TokenIds,
+    WeightSet,
+)
+
+Progress = Callable[[int, int], None]
+
+
+class EngineRollouts:
+    """Rollouts (algorithms/base.py) on an engine.
+
+    Args:
+        ready: makes the engine hold a weight set before it is asked.
+        scope: names the place in the run; with a request's name and id it seeds the draw.
+        max_length: longest prompt and answer the model takes.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        tokenizer: ChatTokenizer,
+        engine: RolloutEngine,
+        ready: Callable[[WeightSet], None],
+        max_length: int,
+        scope: tuple[object, ...] = (),
+    ) -> None:
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self._engine, self._ready, self._max_length, self._scope = engine, ready, max_length, scope
+        self.reports: dict[str, DropReport] = {}
+        self.metrics: dict[str, float] = {}
+        self.generated_tokens = 0
+
+    def within(self, *scope: object) -> EngineRollouts:
+        """The same engine for another place in the run, with counts of its own."""
+        return EngineRollouts(
+            self.cfg, self.tokenizer, self._engine, self._ready, self._max_length, scope
+        )
+
+    def template(
+        self, name: str, required: frozenset[str], optional: frozenset[str] = frozenset()
+    ) -> PromptTemplate:
+        return load_template(name, required, optional, folder=prompts_dir())
+
+    def encode_user(self, row: Demonstration | PreferencePair, text: str) -> TokenIds:
+        system = [m for m in row.messages if m["role"] == "system"]
+        return self.tokenizer.encode_prompt([*system, {"role": "user", "content": text}])
+
+    def sample(
+        self,
+        name: str,
+        prompts: Sequence[tuple[str, TokenIds]],
+        *,
+        weights: WeightSet = WeightSet.POLICY,
+        limits: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        rollout = self.cfg.rollout
+        params = SamplingParams(
+            rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
+        )
+        requests = [
+            GenerationRequest(id, ids, seed_of(self.cfg.seed, *self._scope, name, id), limit)
+            for (id, ids), limit in zip(prompts, limits or [None] * len(prompts), strict=True)
+        ]
+        self._ready(weights)
+        found = self._engine.generate(requests, params, weights, progress)
+        self.generated_tokens += sum(len(c.token_ids) for c in found)
+        return found
+
+    def label_scores(
+        self,
+        name: str,
+        prompts: Sequence[TokenIds],
+        labels: TokenIds,
+        *,
+        weights: WeightSet = WeightSet.POLICY,
+        progress: Progress | None = None,
+    ) -> list[LabelScores]:
+        self._ready(weights)
+        return self._engine.label_scores(prompts, labels, weights, progress)
+
+    def fits(self, prompt: TokenIds, new_tokens: int | None = None) -> bool:
+        room = self.cfg.rollout.max_new_tokens if new_tokens is None else new_tokens
+        return len(prompt) + room <= self._max_length
+
+    def note(self, stage: str, report: DropReport) -> None:
+        self.reports.setdefault(stage, DropReport()).add(report)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self.metrics.update(metrics)

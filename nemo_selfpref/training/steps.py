@@ -1,0 +1,222 @@
+"""The two kinds of stage: rows known beforehand, and pairs made anew in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from nemo_selfpref.algorithms.base import PairMaker
+from nemo_selfpref.checkpoint.files import read_json, write_json
+from nemo_selfpref.data.batching import StepPlan
+from nemo_selfpref.errors import TrainingError
+from nemo_selfpref.megatron.parallel import barrier
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.models.stage import Step
+from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
+from nemo_selfpref.objectives.objective import Objective, Pass
+from nemo_selfpref.training.copies import StageCopies
+from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.store import read_pairs, write_pairs, write_tensors
+from nemo_selfpref.types import (
+    Demonstration,
+    DropReport,
+    PreferencePair,
+    TrainingRow,
+    WeightSet,
+)
+
+_AUGMENTED = frozenset({Pass.REFINED, Pass.REFINED_REFERENCE})
+_ATTEMPTS = 3
+"""How often a step samples again when not one usable pair came out."""
+
+
+class Passes:
+    """Log-probs of a loss's passes without gradient."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        copies: StageCopies,
+        objective: Objective,
+        ready: Callable[[WeightSet], None],
+    ) -> None:
+        self.policy, self.copies, self._ready = policy, copies, ready
+        self.wanted = objective.passes - {Pass.POLICY}
+
+    def weights_of(self, name: Pass) -> WeightSet:
+        return WeightSet.POLICY if name is Pass.REFINED else self.copies.reference_set
+
+    def score(
+        self,
+        name: Pass,
+        pairs: Sequence[PreferencePair],
+        weights: WeightSet,
+        progress: Callable[[int], None] | None = None,
+    ) -> PassLogps:
+        """One pass over some pairs, now. Collective."""
+        prompts = [p.augmented_prompt_ids if name in _AUGMENTED else p.prompt_ids for p in pairs]
+        assert all(p is not None for p in prompts), "the loss needs augmented prompts"
+        answers = [p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]
+        both = [(p or (), a) for side in answers for p, a in zip(prompts, side, strict=True)]
+        self._ready(weights)
+        with self.copies.weights.using(weights):
+            found = self.policy.score(both, progress)
+        chosen, rejected = found.sums.float().chunk(2)
+        return PassLogps(chosen, rejected)
+
+    def live(
+        self, names: frozenset[Pass], pairs: Sequence[PreferencePair]
+    ) -> dict[Pass, PassLogps]:
+        """The passes of one step's rows."""
+        return {name: self.score(name, pairs, self.weights_of(name)) for name in sorted(names)}
+
+
+def step_inputs(rows: Sequence[TrainingRow], passes: dict[Pass, PassLogps]) -> StepInputs:
+    strength = [r.strength if isinstance(r, PreferencePair) else 1.0 for r in rows]
+    return StepInputs(torch.tensor(strength, dtype=torch.float32), passes)
+
+
+class FixedSteps:
+    """A stage over rows known beforehand. What does not move is scored once, before training."""
+
+    def __init__(
+        self, rows: Sequence[TrainingRow], plan: StepPlan, copies: StageCopies, passes: Passes
+    ) -> None:
+        self.rows, self.plan, self.copies, self.passes = rows, plan, copies, passes
+        moving = passes.wanted if copies.reference_moves else frozenset({Pass.REFINED})
+        self.live = passes.wanted & moving
+        self._once: dict[Pass, PassLogps] = {}
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps
+
+    @property
+    def scored_once(self) -> frozenset[Pass]:
+        return self.passes.wanted - self.live
+
+    def score_once(
+        self, path: Path, unmoved: bool, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Score, or read back, the passes that stay as they are. Collective, before `begin`.
+
+        unmoved: the policy still is the reference, so no copy of it is needed.
+        """
+        if not path.exists():
+            pairs, tensors = _pairs(self.rows), {}
+            for name in sorted(self.scored_once):
+                weights = WeightSet.POLICY if unmoved else self.passes.weights_of(name)
+                found = self.passes.score(name, pairs, weights, progress)
+                tensors |= {f"{name}.chosen": found.chosen.clone()}
+                tensors |= {f"{name}.rejected": found.rejected.clone()}
+            if self.passes.policy.layout.is_main:
+                write_tensors(path, tensors)
+            barrier()
+        saved = load_file(path)
+        self._once = {
+            name: PassLogps(saved[f"{name}.chosen"], saved[f"{name}.rejected"])
+            for name in self.scored_once
+        }
+
+    def begin(self) -> None:
+        self.copies.begin(keep_reference=self.copies.reference_moves)
+
+    def step(self, number: int) -> Step:
+        numbers = self.plan.rows_of_step(number)
+        rows = [self.rows[n] for n in numbers]
+        at = torch.tensor(numbers)
+        passes = {n: PassLogps(v.chosen[at], v.rejected[at]) for n, v in self._once.items()}
+        if self.live:
+            passes |= self.passes.live(self.live, _pairs(rows))
+        return Step(rows, step_inputs(rows, passes))
+
+    def after_step(self, done: int) -> None:
+        self.copies.after_step(done)
+
+    def save(self, folder: Path) -> None:
+        self.copies.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.copies.load(folder)
+
+
+class OnlineSteps:
+    """A stage whose every step asks the model for its pairs first."""
+
+    def __init__(
+        self,
+        rows: Sequence[Demonstration],
+        plan: StepPlan,
+        maker: PairMaker,
+        rollouts: EngineRollouts,
+        folder: Path,
+        copies: StageCopies,
+        passes: Passes,
+    ) -> None:
+        self.rows, self.plan, self.maker, self.rollouts = rows, plan, maker, rollouts
+        self.folder, self.copies, self.passes = folder, copies, passes
+        self.reports: dict[str, DropReport] = {}
+        self.generated_tokens = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps
+
+    def begin(self) -> None:
+        self.copies.begin(keep_reference=bool(self.passes.wanted))
+
+    def step(self, number: int) -> Step:
+        rows = [self.rows[n] for n in self.plan.rows_of_step(number)]
+        for attempt in range(_ATTEMPTS):
+            asked = self.rollouts.within(self.folder.name, number, attempt)
+            pairs = self.maker.pairs(number, asked, rows)
+            self._count(asked)
+            if pairs:
+                break
+        else:
+            so_far = "; ".join(f"{t}: {r.summary()}" for t, r in self.reports.items())
+            raise TrainingError(
+                f"step {number + 1}: {len(rows)} prompts gave no usable pair in {_ATTEMPTS} "
+                f"attempts ({so_far} so far). The policy may have collapsed; raise "
+                "rollout.temperature, or lower the learning rate and resume."
+            )
+        if self.passes.policy.layout.is_main:
+            write_pairs(self.folder / "pairs" / f"step-{number + 1:06d}.parquet", pairs)
+        passes = self.passes.live(self.passes.wanted, pairs)
+        tokens = {"rollout/generated_tokens": float(asked.generated_tokens)}
+        return Step(pairs, step_inputs(pairs, passes), {**tokens, **asked.metrics})
+
+    def _count(self, asked: EngineRollouts) -> None:
+        self.generated_tokens += asked.generated_tokens
+        for title, report in asked.reports.items():
+            self.reports.setdefault(title, DropReport()).add(report)
+
+    def after_step(self, done: int) -> None:
+        self.copies.after_step(done)
+
+    def save(self, folder: Path) -> None:
+        self.copies.save(folder)
+        if self.passes.policy.layout.is_main:
+            pairs, state = self.maker.kept()
+            counts = {"generated_tokens": self.generated_tokens, "maker": dict(state)}
+            reports = {title: asdict(report) for title, report in self.reports.items()}
+            write_json(folder / "rollouts" / "state.json", {**counts, "reports": reports})
+            write_pairs(folder / "rollouts" / "pairs.parquet", pairs)
+        barrier()
+
+    def load(self, folder: Path) -> None:
+        self.copies.load(folder)
+        state = read_json(folder / "rollouts" / "state.json")
+        self.generated_tokens = state["generated_tokens"]
+        self.reports = {title: DropReport(**r) for title, r in state["reports"].items()}
+        self.maker.restore(read_pairs(folder / "rollouts" / "pairs.parquet"), state["maker"])
+
+
+def _pairs(rows: Sequence[TrainingRow]) -> list[PreferencePair]:
+    pairs = [r for r in rows if isinstance(r, PreferencePair)]
+    assert len(pairs) == len(rows), "a loss over pairs was given demonstrations"
+    return pairs
