@@ -22,7 +22,7 @@ from nemo_selfpref.types import Demonstration, PreferencePair, WeightSet
 @register("sgpo")
 class SGPO(Algorithm):
     summary = "one model drafts and improves its own answers; DPO on improved over draft"
-    paper = "SGPO (self-generated preference optimisation based on self-improver)"
+    paper = "SGPO: self-generated preference optimisation based on self-improver"
     config_class = SGPOConfig
 
     def check(self, cfg: RunConfig) -> None:

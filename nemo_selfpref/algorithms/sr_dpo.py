@@ -28,7 +28,7 @@ class SrDPO(Algorithm):
     """-logsigmoid(beta h - lambda sg[Delta]), Delta = beta h(p (+) x) (eq. 13)."""
 
     summary = "DPO refined by the model's own margin under a prompt that asks for more"
-    paper = "Sr-DPO (self-refinement of direct alignment)"
+    paper = "Yu et al. 2024 (Sr-DPO)"
     config_class = SrDPOConfig
 
     def check(self, cfg: RunConfig) -> None:

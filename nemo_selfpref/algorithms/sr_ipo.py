@@ -30,7 +30,7 @@ class SrIPO(Algorithm):
     """(h - lambda sg[Delta] - 1/(2 beta))^2, Delta = beta h(p (+) x) (eqs. 12 and 15)."""
 
     summary = "IPO refined by the model's own margin under a prompt that asks for more"
-    paper = "Sr-IPO (self-refinement of direct alignment)"
+    paper = "Yu et al. 2024 (Sr-IPO)"
     config_class = SrIPOConfig
 
     def check(self, cfg: RunConfig) -> None:

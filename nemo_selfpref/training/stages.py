@@ -1,0 +1,48 @@
+"""A run's stages: their folders in order, what is done already, and the closing table's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_selfpref.megatron.parallel import barrier
+from nemo_selfpref.monitor.console import Console
+from nemo_selfpref.training.store import RunFolder, done_facts, mark_done
+from nemo_selfpref.types import DropReport
+
+
+class Stages:
+    """Bookkeeping of one run; every rank holds the same, the first one writes."""
+
+    def __init__(self, folder: RunFolder, console: Console, is_main: bool) -> None:
+        self.folder, self.console, self.is_main = folder, console, is_main
+        self.summary: list[dict[str, Any]] = []
+
+    def next(self, name: str) -> Path:
+        """Folder of the stage that begins."""
+        return self.folder.stage(name)
+
+    def skip(self, name: str, stage: Path) -> None:
+        """List a finished stage as it was."""
+        self.summary.append(done_facts(stage))
+        self.console.skipped(name)
+
+    def finish(self, stage: Path, facts: dict[str, Any], listed: bool = True) -> None:
+        """Mark a stage done, once every rank has come here. Collective."""
+        barrier()
+        if self.is_main:
+            mark_done(stage, facts)
+        barrier()
+        if listed:
+            self.summary.append(facts)
+
+    def note(self, stage: str, report: DropReport) -> None:
+        """List rows kept and dropped."""
+        self.summary.append({"stage": stage, "kept": report.kept, "dropped": dict(report.dropped)})
+        self.console.rows(stage, report)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Facts about the stage listed last."""
+        assert self.summary, "metrics are logged about a stage that is listed"
+        self.summary[-1] = {**self.summary[-1], "metrics": dict(metrics)}

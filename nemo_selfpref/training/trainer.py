@@ -1,0 +1,161 @@
+"""Training stages: from rows or a pair maker to fitted weights on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
+from nemo_selfpref.checkpoint.training_state import save_weights
+from nemo_selfpref.config.schema import RefMode, RunConfig
+from nemo_selfpref.data.batching import StepPlan
+from nemo_selfpref.data.tokenizer import ChatTokenizer
+from nemo_selfpref.errors import DataError
+from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
+from nemo_selfpref.models.stage import StepSource, TrainingStage
+from nemo_selfpref.objectives.objective import Objective
+from nemo_selfpref.rollout.sampling import seed_of
+from nemo_selfpref.training.copies import StageCopies
+from nemo_selfpref.training.fit import fit_stage
+from nemo_selfpref.training.places import WeightPlaces
+from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.stages import Stages
+from nemo_selfpref.training.steps import FixedSteps, OnlineSteps, Passes
+from nemo_selfpref.training.store import done_facts, is_done, write_pairs
+from nemo_selfpref.types import Demonstration, PreferencePair, TrainingRow, WeightSet
+
+
+class StageTrainer:
+    """Trains the run's model, one stage after another; a finished stage is not trained again."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model: MegatronGPTPreferenceModel,
+        tokenizer: ChatTokenizer,
+        places: WeightPlaces,
+        rollouts: EngineRollouts,
+        stages: Stages,
+    ) -> None:
+        self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
+        self.places, self.rollouts, self.stages = places, rollouts, stages
+        self.policy, self.weights = model.policy, places.weights
+
+    def train(
+        self,
+        name: str,
+        rows: Sequence[TrainingRow],
+        objective: Objective,
+        settings: TrainSettings = TrainSettings(),
+    ) -> None:
+        stage = self.stages.next(name)
+        if self._trained(name, stage):
+            return
+        _refuse_empty(name, rows)
+        if self.policy.layout.is_main and isinstance(rows[0], PreferencePair):
+            write_pairs(stage / "pairs.parquet", [r for r in rows if isinstance(r, PreferencePair)])
+        plan = self._plan(name, len(rows), settings.global_batch_size, settings)
+        copies = StageCopies(self.weights, settings.reference, settings.averaging)
+        steps = FixedSteps(rows, plan, copies, self._passes(copies, objective))
+        if steps.scored_once:
+            self._score_once(name, stage, steps, settings.reference.mode)
+        facts = self._fit(name, stage, steps, objective, settings)
+        copies.end()
+        self.stages.finish(stage, {**facts, "rows": len(rows)})
+
+    def train_online(
+        self,
+        name: str,
+        rows: Sequence[Demonstration],
+        pairs: PairMaker,
+        objective: Objective,
+        settings: TrainSettings = TrainSettings(),
+        prompts_per_step: int | None = None,
+    ) -> None:
+        stage = self.stages.next(name)
+        if self._trained(name, stage):
+            return
+        _refuse_empty(name, rows)
+        plan = self._plan(name, len(rows), prompts_per_step, settings)
+        copies = StageCopies(self.weights, settings.reference, settings.averaging)
+        passes = self._passes(copies, objective)
+        steps = OnlineSteps(rows, plan, pairs, self.rollouts, stage, copies, passes)
+        facts = self._fit(name, stage, steps, objective, settings)
+        copies.end()
+        made = {
+            "reports": {title: asdict(report) for title, report in steps.reports.items()},
+            "generated_tokens": steps.generated_tokens,
+            "histograms": {title: dict(bins) for title, bins in pairs.histograms().items()},
+        }
+        self.stages.finish(stage, {**facts, **made})
+
+    def _trained(self, name: str, stage: Path) -> bool:
+        """Whether the stage is done already, and then where its weights are."""
+        if not is_done(stage):
+            self.places.ready(WeightSet.POLICY)
+            return False
+        self.places.arrive(stage / "weights", done_facts(stage)["weight_version"], loaded=False)
+        self.stages.skip(name, stage)
+        return True
+
+    def _plan(
+        self, name: str, num_rows: int, batch_size: int | None, settings: TrainSettings
+    ) -> StepPlan:
+        cfg = self.cfg
+        return StepPlan(
+            num_rows=num_rows,
+            global_batch_size=batch_size or cfg.model.global_batch_size,
+            max_epochs=settings.max_epochs or cfg.trainer.max_epochs,
+            max_steps=cfg.trainer.max_steps,
+            seed=seed_of(cfg.seed, name) % 2**31,
+            shuffle=cfg.data.shuffle,
+        )
+
+    def _passes(self, copies: StageCopies, objective: Objective) -> Passes:
+        return Passes(self.policy, copies, objective, self.places.ready)
+
+    def _score_once(self, name: str, stage: Path, steps: FixedSteps, mode: RefMode) -> None:
+        unmoved = mode is RefMode.last or self.places.policy_is_frozen
+        total = 2 * len(steps.rows) * len(steps.scored_once)
+        with self.stages.console.progress(f"{name}: reference", total, "answers") as progress:
+            steps.score_once(stage / "reference.safetensors", unmoved, lambda n: progress(n, 0))
+
+    def _fit(
+        self,
+        name: str,
+        stage: Path,
+        steps: StepSource,
+        objective: Objective,
+        settings: TrainSettings,
+    ) -> dict[str, Any]:
+        """Train the stage to its end and keep its weights; what to tell of it."""
+        fitted = TrainingStage(
+            name=name,
+            steps=steps,
+            objective=objective,
+            optim=settings.optim or self.cfg.model.optim,
+            gradient_clip_val=self.cfg.trainer.gradient_clip_val,
+            micro_batch_size=self.cfg.model.micro_batch_size,
+        )
+        started = time.monotonic()
+        self.places.leave()
+        last = fit_stage(self.model, fitted, self.cfg, stage, self.stages.console)
+        save_weights(stage / "weights", self.policy, self.tokenizer)
+        self.places.arrive(stage / "weights", self.policy.weight_version, loaded=True)
+        return {
+            "stage": name,
+            "steps": steps.num_steps,
+            "seconds": time.monotonic() - started,
+            "weight_version": self.policy.weight_version,
+            **last,
+        }
+
+
+def _refuse_empty(name: str, rows: Sequence[TrainingRow]) -> None:
+    if not rows:
+        raise DataError(
+            f"stage {name} has no rows left to train on; see the counts of dropped rows above"
+        )
