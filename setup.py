@@ -31,6 +31,8 @@ REQUIRES = [
     "rich>=13",
     "jinja2>=3.1.6",
     "numpy>=1.26",
+    # Correlations for `selfpref correlate`; NeMo's core brings it only through scikit-learn.
+    "scipy>=1.11",
 ]
 
 EXTRAS = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,12 +25,14 @@ import torch
 
 from nemo_selfpref import __version__
 from nemo_selfpref.algorithms.base import algorithms
+from nemo_selfpref.algorithms.judge import JUDGE_SLOTS
 from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
 from nemo_selfpref.config.loader import load_config
 from nemo_selfpref.config.paths import conf_dir
 from nemo_selfpref.data.dataset import load_prompts
+from nemo_selfpref.data.templates import load_template
 from nemo_selfpref.demo.run import PROMPTS, DemoSize, write_data
-from nemo_selfpref.demo.task import corrupt, score
+from nemo_selfpref.demo.task import corrupt, oracle, score
 from nemo_selfpref.demo.teacher import MODEL, serving
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.training.generate import answer_prompts
@@ -58,13 +61,13 @@ _SHARED = [
     "exp_manager.create_tensorboard_logger=false",
     "export.hf=false",
 ]
-_JUDGED = [
-    "algorithm.judge.augmentation.num_pairs=2000",
-    "algorithm.judge.augmentation.max_epochs=3",
-    "algorithm.judge.augmentation.optim.lr=3e-4",
+_JUDGED = ["algorithm.judge.prompt={prompts}/judge.txt"]
+_SR = [
+    "algorithm.augment_prompt={prompts}/augment.txt",
+    "model.optim.name=adamw",
+    "model.optim.sched.warmup_steps=5",
 ]
-_SR = ["algorithm.augment_prompt={prompts}/augment.txt", "model.optim.sched.warmup_steps=5"]
-_SAPO = ["algorithm.segment_length=8", "algorithm.ref_every=10"]
+_SAPO = ["algorithm.segment_length=8", "algorithm.ref_every=10", "model.optim.name=adamw"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,9 @@ def prepare(out: Path) -> Path:
     """Data, prompts and the starting model below `out`, made once; returns the model."""
     data = out / "data"
     if not (data / "pairs.jsonl").exists():
+        write_text(out / "prompts" / "judge.txt", _JUDGE_PROMPT)
         write_data(data, DemoSize())
+        _add_judge_lessons(out)
         rows = [json.loads(line) for line in (data / "sgpo.jsonl").read_text().splitlines()]
         rng = random.Random(11)
         pairs = [
@@ -122,7 +127,6 @@ def prepare(out: Path) -> Path:
             for r in rows
             if (rejected := corrupt(r["completion"], rng)) != r["completion"]
         ]
-        write_text(out / "prompts" / "judge.txt", _JUDGE_PROMPT)
         write_text(out / "prompts" / "augment.txt", "Answer with great care: {{query}}\n")
         write_text(data / "pairs.jsonl", "".join(json.dumps(p) + "\n" for p in pairs))
     model = out / "start" / "checkpoint"
@@ -141,6 +145,25 @@ def prepare(out: Path) -> Path:
     return model
 
 
+def _add_judge_lessons(out: Path) -> None:
+    """Judging is a skill that the judged methods expect of their starting model: verdicts on right,
+    careless and empty answers to the SFT instructions, careless against empty being a toss-up."""
+    template = load_template(str(out / "prompts" / "judge.txt"), JUDGE_SLOTS)
+    path = out / "data" / "sft.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rng, lessons = random.Random(12), []
+    for row in rows[: DemoSize().plain]:
+        right = oracle(row["prompt"])
+        careless = corrupt(right, rng)
+        toss_up = rng.sample([careless, ""], 2)
+        better, worse = rng.choice([[right, careless], [right, careless], [right, ""], toss_up])
+        label = rng.choice("AB")
+        a, b = (better, worse) if label == "A" else (worse, better)
+        prompt = template.render(instruction=row["prompt"], response_a=a, response_b=b)
+        lessons.append({"prompt": prompt, "completion": f"RESPONSE {label}"})
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows + lessons))
+
+
 def _train(config: str, folder: Path, overrides: Sequence[str]) -> None:
     schemas = {name: cls.config_class for name, cls in algorithms().items()}
     train(load_config(config, overrides, schemas, folder))
@@ -150,14 +173,12 @@ def run_once(
     out: Path, model: Path, name: str, seed: int, budget: int, url: str, prompts: Path
 ) -> dict[str, Any]:
     """Train one method with one seed and score it; a finished one is read back."""
-    run = out / "runs" / f"{name.replace(' ', '_')}-{seed}"
+    run = out / "runs" / f"{re.sub('[^a-z_]+', '-', name).strip('-')}-{seed}"
     result = out / "results" / prompts.stem / f"{run.name}.json"
     if result.exists():
         return read_json(result)
     method = METHODS[name]
     rows = round(budget / ANSWER_TOKENS / (method.answers or METHODS["spin"].answers))
-    shared = [*_SHARED, f"algorithm.judge.prompt={out / 'prompts' / 'judge.txt'}"]
-    given = shared if "judge" in " ".join(method.overrides) else _SHARED
     shutil.rmtree(run, ignore_errors=True)
     started = time.monotonic()
     _train(
@@ -170,7 +191,7 @@ def run_once(
             f"model.restore_from_path={model}",
             f"data.train_path=[{out / 'data' / 'pairs.jsonl'}]",
             f"data.limit={min(rows, 2700)}",
-            *given,
+            *_SHARED,
             *(o.format(url=url, prompts=out / "prompts") for o in method.overrides),
         ],
     )

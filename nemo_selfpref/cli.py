@@ -1,4 +1,4 @@
-"""The command line: selfpref train | generate | import | export | methods | demo."""
+"""The command line: selfpref train | generate | import | export | correlate | methods | demo."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate_parser(commands)
     _import_parser(commands)
     _export_parser(commands)
+    _correlate_parser(commands)
     commands.add_parser("methods", help="list the algorithms").set_defaults(act=_methods)
     _demo_parser(commands)
     return parser
@@ -82,6 +83,41 @@ def _export_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     export.set_defaults(act=_export)
 
 
+def _correlate_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    correlate = commands.add_parser(
+        "correlate",
+        help="how far a policy's marginals follow the scores of the answers",
+        description="Correlate the log-prob marginal between chosen and rejected answers, policy "
+        "over reference, with the difference of their scores (Sr-DPO, Table 4).",
+    )
+    folder = "checkpoint or HF folder"
+    correlate.add_argument("--model", required=True, type=Path, help=f"the policy: {folder}")
+    correlate.add_argument(
+        "--reference", required=True, type=Path, help=f"what the policy was trained from: {folder}"
+    )
+    correlate.add_argument(
+        "--data", required=True, type=Path, help="pairs with score_chosen and score_rejected"
+    )
+    correlate.add_argument(
+        "--augment-prompt",
+        metavar="NAME_OR_PATH",
+        help="also compare under a prompt that asks for more: sr_augment, or the path of a .txt",
+    )
+    correlate.add_argument("--out", type=Path, metavar="FILE.json", help="results and points")
+    correlate.add_argument(
+        "--max-length", type=int, help="longest prompt and answer in tokens; default as in training"
+    )
+    correlate.add_argument("--max-prompt-length", type=int, help="longest prompt, in tokens")
+    correlate.add_argument("--limit", type=int, help="use only the first pairs")
+    correlate.add_argument(
+        "--drop", nargs="+", default=[], metavar="REASON", help="drop and count rows: too_long, ..."
+    )
+    correlate.add_argument(
+        "--ignore-fields", nargs="+", default=[], metavar="FIELD", help="fields not to be read"
+    )
+    correlate.set_defaults(act=_correlate)
+
+
 def _demo_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser("demo", help="SGPO end to end on a small task, on this machine")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -99,7 +135,9 @@ def _train(args: argparse.Namespace) -> int:
 
     schemas = {name: cls.config_class for name, cls in algorithms().items()}
     args.config_name = _known_name(args.config_name, args.config_dir)
-    cfg = load_config(args.config_name, args.overrides, schemas, args.config_dir)
+    cfg = load_config(
+        args.config_name, args.overrides, schemas, args.config_dir, args.cfg is not None
+    )
     if args.cfg:
         sys.stdout.write(OmegaConf.to_yaml(cfg))
         return 0
@@ -143,6 +181,13 @@ def _export(args: argparse.Namespace) -> int:
     from nemo_selfpref.training.convert import export_hf
 
     sys.stdout.write(export_hf(args.checkpoint, args.out, verify=not args.no_verify) + "\n")
+    return 0
+
+
+def _correlate(args: argparse.Namespace) -> int:
+    from nemo_selfpref.evaluation.correlate import correlate
+
+    correlate(args)
     return 0
 
 

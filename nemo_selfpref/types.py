@@ -20,7 +20,8 @@ TokenIds = tuple[int, ...]
 class WeightSet(StrEnum):
     """Which copy of the weights a rollout or a reference pass uses.
 
-    POLICY: what is being trained. FROZEN: what the run started from. EMA: the moving average of
+    POLICY: what is being trained. FROZEN: what the run started from, or what its preparation made
+    of that (RunContext.freeze). EMA: the moving average of
     the policy. LAGGED: an earlier policy or EMA, taken when the reference was last moved.
     """
 

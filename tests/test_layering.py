@@ -27,8 +27,8 @@ LAYERS = [
     {"megatron"},
     {"checkpoint"},
     {"models"},
-    {"evaluation"},
     {"training"},
+    {"evaluation"},
     {"demo"},
     {"cli"},
 ]

@@ -139,6 +139,10 @@ class RunContext(Rollouts, Protocol):
         """The rows of data.train_path, each with the answer to imitate."""
         ...
 
+    def prompt_rows(self) -> list[Demonstration]:
+        """The rows of data.train_path as prompts to answer; their own answers are not read."""
+        ...
+
     def preferences(self, paths: Sequence[str] | None = None) -> list[PreferencePair]:
         """The rows of data.train_path (or of other files) as preference pairs."""
         ...

@@ -31,12 +31,10 @@ class Candidates:
     scores: tuple[float, ...] = ()
 
 
-def check_samples(num_samples: int, fewest: int = 2) -> None:
-    check_positive("algorithm.num_samples", num_samples)
-    if num_samples < fewest:
-        raise ConfigError(
-            f"algorithm.num_samples={num_samples}: expected at least {fewest} answers a prompt"
-        )
+def check_samples(num: int, fewest: int = 2, name: str = "num_samples") -> None:
+    check_positive(f"algorithm.{name}", num)
+    if num < fewest:
+        raise ConfigError(f"algorithm.{name}={num}: expected at least {fewest} answers a prompt")
 
 
 def sample_candidates(
@@ -130,6 +128,12 @@ def imitated(
         answer = group.answers[best]
         if drop_truncated and answer.finish_reason is FinishReason.LENGTH:
             report.drop("truncated", group.row.source)
+            continue
+        if answer.finish_reason is FinishReason.STOP and len(answer.token_ids) == 1:
+            report.drop("empty_response", group.row.source)
+            continue
+        if len(group.row.prompt_ids) + len(answer.token_ids) > rollouts.cfg.data.max_length:
+            report.drop("too_long", group.row.source)
             continue
         text = rollouts.tokenizer.decode(answer.token_ids)
         rows.append(replace(group.row, response_ids=answer.token_ids, response=text))

@@ -32,7 +32,7 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
-_SLOTS = frozenset({"instruction", "response_a", "response_b"})
+JUDGE_SLOTS = frozenset({"instruction", "response_a", "response_b"})
 TIE = 0.01
 """Strengths this close to 1/2 count as ties."""
 
@@ -91,13 +91,15 @@ def find_labels(tokenizer: ChatTokenizer, opening: str) -> Labels:
     """The labels as this tokenizer writes them behind the opening: "A" or " A", whichever it is.
 
     Raises:
-        ConfigError: the two verdicts differ in no token.
+        ConfigError: the two verdicts do not differ in one token and no more.
     """
     asked = [{"role": "user", "content": "?"}]
     a, b = (tokenizer.encode_response(asked, f"{opening} {label}") for label in "AB")
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if same is None:
-        raise ConfigError(f"algorithm.judge.opening={opening!r}: no token tells A from B behind it")
+    if same is None or a[same + 1 :] != b[same + 1 :]:
+        raise ConfigError(
+            f"algorithm.judge.opening={opening!r}: no one token tells A from B behind it"
+        )
     return Labels(a[:same], a[same], b[same])
 
 
@@ -106,7 +108,7 @@ class Judge:
 
     def __init__(self, rollouts: Rollouts, config: JudgeConfig) -> None:
         self.rollouts, self.config = rollouts, config
-        self.template = rollouts.template(config.prompt, _SLOTS)
+        self.template = rollouts.template(config.prompt, JUDGE_SLOTS)
         self.labels = find_labels(rollouts.tokenizer, config.opening)
 
     def prompt(self, row: Demonstration | PreferencePair, a: str, b: str) -> TokenIds:

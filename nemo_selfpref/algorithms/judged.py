@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from nemo_selfpref.algorithms.base import PairMaker, Rollouts, check_positive
+from nemo_selfpref.algorithms.base import PairMaker, Rollouts
 from nemo_selfpref.algorithms.candidates import (
     Candidates,
     check_samples,
@@ -53,11 +53,17 @@ class JudgedConfig(ReferenceConfig):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
-def check_judged(config: JudgedConfig) -> None:
-    """Raise ConfigError for settings that contradict each other."""
+def check_judged(config: JudgedConfig, soft: bool) -> None:
+    """Raise ConfigError for settings that contradict each other; soft: the loss uses strengths."""
     check_samples(config.num_samples, fewest=4 if config.sampling is Sampling.rso else 2)
-    check_positive("algorithm.reward_beta", config.reward_beta)
+    if config.reward_beta < 0:
+        raise ConfigError(f"algorithm.reward_beta={config.reward_beta}: expected 0 or more")
     config.judge.check()
+    if not soft and (config.pairing is Pairing.random or config.target is Target.difference):
+        raise ConfigError(
+            "algorithm.pairing=random and algorithm.target=difference say how much an answer is "
+            "better only through the strength, which this loss does not read. Use loss=spce."
+        )
     by_pairing = config.pairing in (Pairing.ranked, Pairing.random)
     if config.target is Target.difference and not by_pairing:
         raise ConfigError(

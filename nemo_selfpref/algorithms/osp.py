@@ -55,7 +55,7 @@ class OSP(Algorithm):
     def check(self, cfg: RunConfig) -> None:
         c, imitates = self.config, self.config.loss is SoftLoss.sft
         check_positive("algorithm.beta", c.beta)
-        check_judged(c)
+        check_judged(c, soft=c.loss is SoftLoss.spce)
         if imitates != (c.pairing is Pairing.raft):
             raise ConfigError("algorithm.loss=sft and algorithm.pairing=raft go together only")
         check_reference(c, REFERENCE_FREE if imitates else ONE_STAGE)
@@ -71,6 +71,6 @@ class OSP(Algorithm):
             pairs = with_strength(run, c.judge, pairs, pairs) if soft else pairs
             run.train("policy", pairs, objective, settings)
             return
+        rows = run.demonstrations() if c.pairing is Pairing.spin else run.prompt_rows()
         prompts = max(run.cfg.model.global_batch_size // pairs_per_prompt(c), 1)
-        maker = JudgedPairs(c, soft)
-        run.train_online("policy", run.demonstrations(), maker, objective, settings, prompts)
+        run.train_online("policy", rows, JudgedPairs(c, soft), objective, settings, prompts)

@@ -44,10 +44,10 @@ class RAFT(Algorithm):
         check_ref(self.config.ref, REFERENCE_FREE)
 
     def run(self, run: RunContext) -> None:
-        c, demos = self.config, run.demonstrations()
+        c, rows = self.config, run.prompt_rows()
         teach_judging(run, c.judge)
         for t in range(c.iterations):
-            groups = sample_candidates(run, demos, c.num_samples, name=f"answers-{t}")
+            groups = sample_candidates(run, rows, c.num_samples, name=f"answers-{t}")
             scored = score_candidates(run, c.judge, groups, WeightSet.FROZEN, f"scores-{t}")
             best = [(g, g.scores.index(max(g.scores))) for g in scored]
             name = "policy" if t == c.iterations - 1 else f"policy-{t}"

@@ -52,7 +52,7 @@ class RSO(Algorithm):
     def check(self, cfg: RunConfig) -> None:
         c = self.config
         check_positive("algorithm.beta", c.beta)
-        check_samples(c.num_accepted)
+        check_samples(c.num_accepted, name="num_accepted")
         check_samples(c.num_samples, fewest=c.num_accepted)
         if c.reward_beta < 0:
             raise ConfigError(f"algorithm.reward_beta={c.reward_beta}: expected 0 or more")
@@ -60,9 +60,9 @@ class RSO(Algorithm):
         check_reference(c, ONE_STAGE)
 
     def run(self, run: RunContext) -> None:
-        c, demos = self.config, run.demonstrations()
+        c, rows = self.config, run.prompt_rows()
         teach_judging(run, c.judge)
-        groups = sample_candidates(run, demos, c.num_samples)
+        groups = sample_candidates(run, rows, c.num_samples)
         scored = score_candidates(run, c.judge, groups, WeightSet.FROZEN)
         picked = []
         for group in scored:

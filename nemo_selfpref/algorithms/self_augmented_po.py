@@ -52,12 +52,13 @@ class SelfAugmentedPO(Algorithm):
     config_class = SAPOConfig
 
     def check(self, cfg: RunConfig) -> None:
-        c = self.config
+        c, given = self.config, self.config.replay_capacity
         for name in ("beta", "lam", "segment_length"):
             check_positive(f"algorithm.{name}", getattr(c, name))
         refused = REFERENCE_FREE if c.loss is PairLoss.orpo else ONE_STAGE
         check_reference(c, refused, samples_ema=c.sampler is Sampler.ema)
-        if c.replay_capacity is not None and c.sampler is Sampler.policy:
+        check_positive("algorithm.replay_capacity", 1 if given is None else given)
+        if given is not None and c.sampler is Sampler.policy:
             raise ConfigError("algorithm.replay_capacity: sampler=policy has no replay buffer")
         longest = cfg.rollout.max_new_tokens
         if c.segment and c.segment_length > longest:

@@ -52,10 +52,10 @@ class SelfRewarding(Algorithm):
         check_reference(self.config, ITERATED)
 
     def run(self, run: RunContext) -> None:
-        c, demos = self.config, run.demonstrations()
+        c, rows = self.config, run.prompt_rows()
         teach_judging(run, c.judge)
         for t in range(c.iterations):
-            groups = sample_candidates(run, demos, c.num_samples, name=f"answers-{t}")
+            groups = sample_candidates(run, rows, c.num_samples, name=f"answers-{t}")
             scored = score_candidates(run, c.judge, groups, WeightSet.POLICY, f"scores-{t}")
             extremes = [(group, best_and_worst(group.scores)) for group in scored]
             picked = [(group, *ends) for group, ends in extremes if ends is not None]

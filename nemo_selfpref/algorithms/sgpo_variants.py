@@ -30,7 +30,7 @@ class Variant(Enum):
     all_ref = "all_ref"
     """The reference answer in the improver's training prompt too."""
     no_ref = "no_ref"
-    """The reference answer in no prompt."""
+    """The reference answer in no prompt of the model's own."""
 
 
 @dataclass

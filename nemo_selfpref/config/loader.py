@@ -35,6 +35,7 @@ def load_config(
     overrides: Sequence[str],
     algorithm_configs: dict[str, type[AlgorithmConfig]],
     config_dir: Path | None = None,
+    allow_missing: bool = False,
 ) -> DictConfig:
     """The resolved, typed configuration of a run.
 
@@ -43,6 +44,7 @@ def load_config(
         overrides: Hydra overrides, `key=value`.
         algorithm_configs: settings class of every algorithm, by name.
         config_dir: another folder of YAML files; ours stay reachable behind it.
+        allow_missing: leave `???` where a value must still be given.
 
     Raises:
         ConfigError: no such config, unknown key, wrong type, value missing.
@@ -60,7 +62,7 @@ def load_config(
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error, overrides, algorithm_configs)) from error
     missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
+    if missing and not allow_missing:
         raise ConfigError(
             "no value for " + ", ".join(missing) + ". Give one: " + f"{missing[0]}=..."
         )

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 from nemo_selfpref.config.schema import DataConfig, DropReason
 from nemo_selfpref.data.conversation import RowFault, as_messages, bad_row, check_prompt
-from nemo_selfpref.data.formats import ParsedRow, as_object, parse_row, row_id, with_system
+from nemo_selfpref.data.formats import (
+    ParsedRow,
+    as_object,
+    parse_prompt,
+    parse_row,
+    row_id,
+    with_system,
+)
 from nemo_selfpref.data.readers import RawRow, read_rows
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import DataError
@@ -34,6 +41,20 @@ def load_demonstrations(
         return Demonstration(row.id, row.messages, prompt, response, row.chosen, row.source)
 
     return _load(config, build)
+
+
+def load_prompt_rows(
+    config: DataConfig, tokenizer: ChatTokenizer
+) -> tuple[list[Demonstration], DropReport]:
+    """The rows of config.train_path as prompts; an answer may be there and is not read. Errors as
+    in load_demonstrations."""
+
+    def build(row: ParsedRow) -> Demonstration:
+        prompt = tokenizer.encode_prompt(row.messages)
+        _check_lengths(config, len(prompt), 0)
+        return Demonstration(row.id, row.messages, prompt, (), "", row.source)
+
+    return _load(config, build, parse_prompt)
 
 
 def load_preferences(
@@ -77,14 +98,16 @@ def load_prompts(path: str | Path) -> list[tuple[str, tuple[Message, ...]]]:
     return prompts
 
 
-def _load(config: DataConfig, build: Callable[[ParsedRow], T]) -> tuple[list[T], DropReport]:
+def _load(
+    config: DataConfig, build: Callable[[ParsedRow], T], parse: Callable[..., ParsedRow] = parse_row
+) -> tuple[list[T], DropReport]:
     rows: list[T] = []
     report = DropReport()
     sources: dict[str, str] = {}
     for raw in _raw_rows(config):
         if config.limit is not None and len(rows) >= config.limit:
             break
-        row = _build_or_drop(raw, config, build, report)
+        row = _build_or_drop(raw, config, build, parse, report)
         if row is not None:
             _check_new(row.id, raw.source, sources)
             rows.append(row)
@@ -103,10 +126,14 @@ def _raw_rows(config: DataConfig) -> Iterator[RawRow]:
 
 
 def _build_or_drop(
-    raw: RawRow, config: DataConfig, build: Callable[[ParsedRow], T], report: DropReport
+    raw: RawRow,
+    config: DataConfig,
+    build: Callable[[ParsedRow], T],
+    parse: Callable[..., ParsedRow],
+    report: DropReport,
 ) -> T | None:
     try:
-        row = parse_row(raw, config.format, config.columns, config.ignore_fields)
+        row = parse(raw, config.format, config.columns, config.ignore_fields)
         return build(_with_default_system(row, config.system_prompt))
     except RowFault as fault:
         if fault.reason not in config.drop:

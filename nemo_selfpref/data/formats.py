@@ -13,12 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from nemo_selfpref.config.schema import DropReason, RowFormat
-from nemo_selfpref.data.conversation import RowFault, bad_row, check_prompt, check_text, show
+from nemo_selfpref.data.conversation import (
+    RowFault,
+    as_messages,
+    bad_row,
+    check_prompt,
+    check_text,
+    show,
+)
 from nemo_selfpref.data.readers import BadRow, RawRow
 from nemo_selfpref.data.row_formats import FIELDS, detect_format, read_answers
 from nemo_selfpref.types import Message
 
-__all__ = ["PASSTHROUGH", "ParsedRow", "RowFault", "parse_row", "row_id", "with_system"]
+__all__ = [
+    "PASSTHROUGH",
+    "ParsedRow",
+    "RowFault",
+    "parse_prompt",
+    "parse_row",
+    "row_id",
+    "with_system",
+]
 
 PASSTHROUGH = frozenset({"id", "metadata", "score_chosen", "score_rejected", "system"})
 """Fields that every format accepts."""
@@ -49,9 +64,7 @@ def parse_row(
 
     Raises RowFault, whose reason says which of the data.drop faults the row has.
     """
-    row = as_object(raw)
-    row = {name: value for name, value in row.items() if name not in ignore_fields}
-    row = _rename(row, columns or {})
+    row = _fields(raw, columns, ignore_fields)
     fmt = detect_format(row) if fmt is RowFormat.auto else fmt
     _check_known(row, fmt)
     row = {name: value for name, value in row.items() if value is not None}
@@ -67,6 +80,34 @@ def parse_row(
     )
     _check_answers(parsed)
     return parsed
+
+
+def parse_prompt(
+    raw: RawRow,
+    fmt: RowFormat = RowFormat.auto,
+    columns: Mapping[str, str] | None = None,
+    ignore_fields: Collection[str] = (),
+) -> ParsedRow:
+    """As parse_row, for those who need no answer: a row may hold `prompt` alone, or `messages` that
+    end in a user turn; its chosen answer is then the empty text."""
+    row = _fields(raw, columns, ignore_fields)
+    given = {name: value for name, value in row.items() if value is not None}
+    own = given.keys() - PASSTHROUGH
+    if fmt not in (RowFormat.auto, RowFormat.trl) or own not in ({"prompt"}, {"messages"}):
+        return parse_row(raw, fmt, columns, ignore_fields)
+    field = own.pop()
+    messages = as_messages(given[field], field, "user")
+    if messages and messages[-1]["role"] == "assistant":
+        return parse_row(raw, fmt, columns, ignore_fields)
+    prompt = check_prompt(with_system(messages, given))
+    return ParsedRow(row_id(given, raw.source), prompt, "", None, None, None, raw.source)
+
+
+def _fields(
+    raw: RawRow, columns: Mapping[str, str] | None, ignore_fields: Collection[str]
+) -> dict[str, Any]:
+    row = {name: value for name, value in as_object(raw).items() if name not in ignore_fields}
+    return _rename(row, columns or {})
 
 
 def as_object(raw: RawRow) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.training_state import save_weights
 from nemo_selfpref.config.loader import to_typed
-from nemo_selfpref.data.dataset import load_demonstrations, load_preferences
+from nemo_selfpref.data.dataset import load_demonstrations, load_preferences, load_prompt_rows
 from nemo_selfpref.data.templates import PromptTemplate
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets
@@ -92,8 +92,15 @@ class Run:
         self.note("demonstrations", report)
         return rows
 
+    def prompt_rows(self) -> list[Demonstration]:
+        rows, report = load_prompt_rows(self.cfg.data, self.tokenizer)
+        self.note("prompts", report)
+        return rows
+
     def preferences(self, paths: Sequence[str] | None = None) -> list[PreferencePair]:
-        data = replace(self.cfg.data, train_path=list(paths)) if paths else self.cfg.data
+        data = self.cfg.data
+        if paths:
+            data = replace(data, train_path=list(paths), limit=None)
         rows, report = load_preferences(data, self.tokenizer)
         self.note("preference pairs", report)
         return rows

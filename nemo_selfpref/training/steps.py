@@ -171,6 +171,7 @@ class OnlineSteps:
 
     def step(self, number: int) -> Step:
         rows = [self.rows[n] for n in self.plan.rows_of_step(number)]
+        before = self.generated_tokens
         for attempt in range(_ATTEMPTS):
             asked = self.rollouts.within(self.folder.name, number, attempt)
             pairs = self.maker.pairs(number, asked, rows)
@@ -187,7 +188,7 @@ class OnlineSteps:
         if self.passes.policy.layout.is_main:
             write_pairs(self.folder / "pairs" / f"step-{number + 1:06d}.parquet", pairs)
         passes = self.passes.live(self.passes.wanted, pairs)
-        tokens = {"rollout/generated_tokens": float(asked.generated_tokens)}
+        tokens = {"rollout/generated_tokens": float(self.generated_tokens - before)}
         return Step(pairs, step_inputs(pairs, passes), {**tokens, **asked.metrics})
 
     def _count(self, asked: EngineRollouts) -> None:

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from scripted_run import ScriptedRun, demonstration
+from scripted_run import ScriptedRun, demonstration, question
 
-from nemo_selfpref.algorithms.base import TrainSettings
-from nemo_selfpref.algorithms.improver import instruction_text
-from nemo_selfpref.algorithms.sgpo import SGPO, ImproverConfig, SGPOConfig
+from nemo_selfpref.algorithms.base import TrainSettings, instruction_text
+from nemo_selfpref.algorithms.improver import ImproverConfig
+from nemo_selfpref.algorithms.sgpo import SGPO
+from nemo_selfpref.algorithms.sgpo_variants import SGPOConfig
 from nemo_selfpref.config.schema import DataConfig, OptimConfig, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.objectives.objective import DPOObjective, SFTObjective
@@ -21,10 +22,7 @@ CFG = RunConfig(name="test", data=DataConfig(train_path=[], max_length=2048))
 
 @pytest.fixture
 def demos(tokenizer: ChatTokenizer) -> list[Demonstration]:
-    return [
-        demonstration(tokenizer, id, ("user", f"question {id}"), ("assistant", f"reference {id}"))
-        for id in IDS
-    ]
+    return [question(tokenizer, id) for id in IDS]
 
 
 @pytest.fixture

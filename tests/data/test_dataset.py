@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from nemo_selfpref.config.schema import DataConfig, DropReason, TokenizerConfig
-from nemo_selfpref.data.dataset import load_demonstrations, load_preferences, load_prompts
+from nemo_selfpref.data.dataset import (
+    load_demonstrations,
+    load_preferences,
+    load_prompt_rows,
+    load_prompts,
+)
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.errors import DataError
 
@@ -56,6 +61,19 @@ def test_demonstrations_use_the_chosen_answer(tmp_path: Path, tokenizer: ChatTok
     assert rows[1].response_ids == (*tokenizer.encode_text("A"), 2)
     assert rows[1].source == f"{path}:2"
     assert report.kept == 2
+
+
+def test_prompt_rows_need_no_answer_and_read_none(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    long = {"prompt": "Q", "completion": "word " * 3000}
+    path = write(tmp_path, {"prompt": "Q", "id": "x"}, GOOD, long)
+    rows, report = load_prompt_rows(DataConfig(train_path=[path]), tokenizer)
+    assert [(row.response, row.response_ids) for row in rows] == [("", ())] * 3
+    assert rows[0].id == "x" and rows[0].prompt_ids == rows[2].prompt_ids
+    assert report.summary() == "3 kept, none dropped"
+    with pytest.raises(DataError, match="prompt is too long"):
+        load_prompt_rows(
+            DataConfig(train_path=[path], max_length=4, max_prompt_length=3), tokenizer
+        )
 
 
 def test_system_prompt_fills_in_only_where_there_is_none(

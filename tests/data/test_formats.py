@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_selfpref.config.schema import DropReason, RowFormat
-from nemo_selfpref.data.formats import ParsedRow, RowFault, parse_row
+from nemo_selfpref.data.formats import ParsedRow, RowFault, parse_prompt, parse_row
 from nemo_selfpref.data.readers import BadRow, RawRow
 
 
@@ -274,3 +274,32 @@ def test_any_row_parses_or_has_a_fault(row: Any, fmt: RowFormat) -> None:
     else:
         assert parsed.messages[-1]["role"] == "user"
         assert parsed.chosen.strip()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "id": "a"},
+        {"messages": [{"role": "user", "content": "Why?"}], "id": "a"},
+        {"prompt": [{"role": "user", "content": "Why?"}], "id": "a", "system": None},
+    ],
+)
+def test_a_row_of_a_prompt_alone(row: dict) -> None:
+    parsed = parse_prompt(RawRow(row, "rows.jsonl:1"))
+    assert (parsed.id, parsed.chosen, parsed.rejected) == ("a", "", None)
+    assert parsed.messages == ({"role": "user", "content": "Why?"},)
+
+
+def test_a_row_with_an_answer_serves_as_a_prompt_too() -> None:
+    parsed = parse_prompt(RawRow({"prompt": "Why?", "completion": "So."}, "rows.jsonl:1"))
+    assert parsed.messages == ({"role": "user", "content": "Why?"},) and parsed.chosen == "So."
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    assert parse_prompt(RawRow({"messages": turns}, "rows.jsonl:1")).chosen == "So."
+
+
+def test_a_prompt_row_keeps_the_rules_of_every_row() -> None:
+    with pytest.raises(RowFault, match="no format fits"):
+        parse_prompt(RawRow({"prompt": "Why?", "colour": "red"}, "rows.jsonl:1"))
+    with pytest.raises(RowFault) as empty:
+        parse_prompt(RawRow({"prompt": "  "}, "rows.jsonl:1"))
+    assert empty.value.reason is DropReason.empty_prompt

@@ -1,5 +1,6 @@
 """Every parallel layout against one process: losses, metrics, every gradient, the optimizer's step,
-scores, sampled tokens and averaged weights. Float32; 13 rows in micro-batches of 3, so nothing divides evenly."""
+scores, sampled tokens and averaged weights. Float32; 13 rows in micro-batches of 3, so nothing
+divides evenly."""
 
 from __future__ import annotations
 

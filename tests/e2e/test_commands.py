@@ -43,4 +43,19 @@ def test_help_and_methods(selfpref: Selfpref) -> None:
     for command in ("train", "generate", "import", "export", "methods", "demo"):
         assert command in shown
     lines = selfpref("methods").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["dpo", "ipo", "orpo", "sft", "sgpo"]
+    assert [line.split()[0] for line in lines] == [
+        "cdpo",
+        "dpo",
+        "ipo",
+        "orpo",
+        "osp",
+        "raft",
+        "rso",
+        "self_augmented_po",
+        "self_rewarding",
+        "sft",
+        "sgpo",
+        "spin",
+        "sr_dpo",
+        "sr_ipo",
+    ]

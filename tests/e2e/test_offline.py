@@ -28,7 +28,7 @@ def test_dpo_from_rows_to_hugging_face(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "ipo", "orpo"])
+@pytest.mark.parametrize("method", ["sft", "cdpo", "ipo", "orpo", "sr_dpo", "sr_ipo"])
 def test_other_methods(
     selfpref: Selfpref, llama_folder: Path, pairs_file: Path, tmp_path: Path, method: str
 ) -> None:
@@ -37,9 +37,10 @@ def test_other_methods(
     steps = metrics(tmp_path / method)
     assert all(math.isfinite(value) for step in steps for value in step.values())
     assert steps[-1]["loss"] < steps[0]["loss"]
-    if method == "ipo":
-        assert steps[0]["loss"] == pytest.approx(25.0, abs=1e-3)  # (0 - 1/(2 * 0.1))^2
-    assert not list((tmp_path / method).rglob("reference.safetensors")) or method == "ipo"
+    first = {"ipo": 25.0, "sr_ipo": 25.0, "cdpo": math.log(2), "sr_dpo": math.log(2)}
+    if method in first:  # (0 - 1/(2 * 0.1))^2 and -log sigmoid(0)
+        assert steps[0]["loss"] == pytest.approx(first[method], abs=1e-3)
+    assert bool(list((tmp_path / method).rglob("reference.safetensors"))) is (method in first)
 
 
 @pytest.mark.slow

@@ -271,8 +271,8 @@ def test_versions(policy: Policy) -> None:
     scale(policy, 1.1)
     assert [weights.version(n) for n in (POLICY, FROZEN, EMA)] == [5, 3, 3]
     weights.average(alpha=0.5)
-    weights.take(LAGGED, EMA)
     scale(policy, 1.1)
+    weights.take(LAGGED, EMA)
     assert [weights.version(n) for n in (POLICY, FROZEN, EMA, LAGGED)] == [6, 3, 5, 5]
     with weights.using(LAGGED) as version:
         assert version == 5

@@ -41,5 +41,7 @@ def test_settings_are_checked_before_the_data(tmp_path: Path) -> None:
 def test_an_unknown_algorithm(rows: Path) -> None:
     cfg = to_typed(config("dpo", rows))
     cfg.algorithm.name = "dop"
-    with pytest.raises(ConfigError, match=r"algorithm\.name='dop': expected one of dpo, ipo, orpo"):
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.name='dop': expected one of cdpo, dpo, ipo, orpo"
+    ):
         pick_algorithm(cfg)
