@@ -1,16 +1,17 @@
 # make demo   sets up and runs SGPO end to end on a small task
 # make test   sets up and runs the tests
 # make lint   ruff, pyright
+# make gpu-check  the tests that need a GPU; without one it says what was skipped
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TORCH := torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow gpu-check lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make /make /p' Makefile
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: setup
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: setup
 	$(BIN)/ruff check .

@@ -25,14 +25,12 @@ import torch
 
 from nemo_selfpref import __version__
 from nemo_selfpref.algorithms.base import algorithms
-from nemo_selfpref.algorithms.judge import JUDGE_SLOTS
 from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
 from nemo_selfpref.config.loader import load_config
 from nemo_selfpref.config.paths import conf_dir
 from nemo_selfpref.data.dataset import load_prompts
-from nemo_selfpref.data.templates import load_template
 from nemo_selfpref.demo.run import PROMPTS, DemoSize, write_data
-from nemo_selfpref.demo.task import corrupt, oracle, score
+from nemo_selfpref.demo.task import corrupt, score
 from nemo_selfpref.demo.teacher import MODEL, serving
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.training.generate import answer_prompts
@@ -61,7 +59,12 @@ _SHARED = [
     "exp_manager.create_tensorboard_logger=false",
     "export.hf=false",
 ]
-_JUDGED = ["algorithm.judge.prompt={prompts}/judge.txt"]
+_JUDGED = [
+    "algorithm.judge.prompt={prompts}/judge.txt",
+    "algorithm.judge.augmentation.num_pairs=1000",
+    "algorithm.judge.augmentation.path=[{data}]",
+    "algorithm.judge.augmentation.optim.lr=1e-4",
+]
 _SR = [
     "algorithm.augment_prompt={prompts}/augment.txt",
     "model.optim.name=adamw",
@@ -119,7 +122,6 @@ def prepare(out: Path) -> Path:
     if not (data / "pairs.jsonl").exists():
         write_text(out / "prompts" / "judge.txt", _JUDGE_PROMPT)
         write_data(data, DemoSize())
-        _add_judge_lessons(out)
         rows = [json.loads(line) for line in (data / "sgpo.jsonl").read_text().splitlines()]
         rng = random.Random(11)
         pairs = [
@@ -143,25 +145,6 @@ def prepare(out: Path) -> Path:
             ],
         )
     return model
-
-
-def _add_judge_lessons(out: Path) -> None:
-    """Judging is a skill that the judged methods expect of their starting model: verdicts on right,
-    careless and empty answers to the SFT instructions, careless against empty being a toss-up."""
-    template = load_template(str(out / "prompts" / "judge.txt"), JUDGE_SLOTS)
-    path = out / "data" / "sft.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rng, lessons = random.Random(12), []
-    for row in rows[: DemoSize().plain]:
-        right = oracle(row["prompt"])
-        careless = corrupt(right, rng)
-        toss_up = rng.sample([careless, ""], 2)
-        better, worse = rng.choice([[right, careless], [right, careless], [right, ""], toss_up])
-        label = rng.choice("AB")
-        a, b = (better, worse) if label == "A" else (worse, better)
-        prompt = template.render(instruction=row["prompt"], response_a=a, response_b=b)
-        lessons.append({"prompt": prompt, "completion": f"RESPONSE {label}"})
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows + lessons))
 
 
 def _train(config: str, folder: Path, overrides: Sequence[str]) -> None:
@@ -192,7 +175,10 @@ def run_once(
             f"data.train_path=[{out / 'data' / 'pairs.jsonl'}]",
             f"data.limit={min(rows, 2700)}",
             *_SHARED,
-            *(o.format(url=url, prompts=out / "prompts") for o in method.overrides),
+            *(
+                o.format(url=url, prompts=out / "prompts", data=out / "data" / "pairs.jsonl")
+                for o in method.overrides
+            ),
         ],
     )
     seconds = time.monotonic() - started
