@@ -48,8 +48,13 @@ def _draw(scaled: Tensor, params: SamplingParams, uniforms: list[float]) -> Tens
     cumulative = probs.cumsum(-1)
     # The token that crosses top_p belongs to the set.
     kept = torch.where(cumulative - probs < params.top_p, probs, torch.zeros_like(probs))
+    # The draw goes by token id, not by rank: tokens that are equally likely but for rounding may
+    # change places in the ranking from one parallel layout to another.
+    ids, by_id = ids.sort(-1)
+    kept = kept.gather(1, by_id)
     cumulative = kept.cumsum(-1)
     draw = torch.tensor(uniforms, dtype=torch.float64, device=scaled.device)[:, None]
     position = (cumulative <= draw * cumulative[:, -1:]).sum(-1, keepdim=True)
-    last = (kept > 0).sum(-1, keepdim=True) - 1
+    places = torch.arange(width, device=scaled.device)
+    last = torch.where(kept > 0, places, 0).amax(-1, keepdim=True)
     return ids.gather(1, torch.minimum(position, last))[:, 0]

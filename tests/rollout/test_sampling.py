@@ -157,6 +157,16 @@ def test_a_drawn_token_is_always_one_that_was_kept(
 
 def test_rows_are_drawn_each_at_its_own_point() -> None:
     logits = torch.stack([LOGITS[0], LOGITS[0].flip(0)])
-    tokens, logprobs = sample(logits, SamplingParams(1), [0.1, 0.1])
+    tokens, logprobs = sample(logits, SamplingParams(1), [0.1, 0.7])
+    # By token id: 0.1 lies in the first token's 0.4; flipped, 0.7 in the last one's, from 0.6 on.
     assert tokens.tolist() == [0, 4]
     assert logprobs.tolist() == pytest.approx([math.log(0.4)] * 2)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(1), SamplingParams(1, 1.0, 0.9, 3)])
+def test_a_rounding_error_does_not_change_the_draw(params: SamplingParams) -> None:
+    """Two layouts give a tie in either order; ranked, the two tokens would change places."""
+    one = torch.tensor([[1.0, 1.0 + 1e-7, -3.0]])
+    other = torch.tensor([[1.0 + 1e-7, 1.0, -3.0]])
+    for point in (0.05, 0.3, 0.7, 0.95):
+        assert sample(one, params, [point])[0].item() == sample(other, params, [point])[0].item()
