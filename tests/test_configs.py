@@ -53,7 +53,7 @@ PUBLISHED = {
         "model.global_batch_size": 64,
         "trainer.max_epochs": 4,
         "data.max_length": 2048,
-        "data.max_prompt_length": 1792,
+        "data.max_prompt_length": 1791,  # it drops prompts of 1792 tokens and more
         "rollout.temperature": 0.7,
         "rollout.top_k": 50,
         "rollout.top_p": 0.95,

@@ -72,6 +72,7 @@ class ScriptedRun:
     weights: dict[str, WeightSet] = field(default_factory=dict)
     judged: dict[str, list[str]] = field(default_factory=dict)
     labels: set[TokenIds] = field(default_factory=set)
+    sources: list[str] = field(default_factory=list)
     read: list[Sequence[str] | None] = field(default_factory=list)
     asked: list[TeacherRequest] = field(default_factory=list)
     trained: list[Training] = field(default_factory=list)
@@ -80,9 +81,11 @@ class ScriptedRun:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def demonstrations(self) -> list[Demonstration]:
+        self.sources.append("demonstrations")
         return self.demos
 
     def prompt_rows(self) -> list[Demonstration]:
+        self.sources.append("prompts")
         return [replace(demo, response_ids=(), response="") for demo in self.demos]
 
     def preferences(self, paths: Sequence[str] | None = None) -> list[PreferencePair]:

@@ -92,6 +92,15 @@ def test_an_empty_answer_is_not_imitated(run: ScriptedRun) -> None:
     assert run.notes["best answers"].dropped == {"empty_response": 1}
 
 
+def test_an_answer_too_long_to_train_on_is_not_imitated(run: ScriptedRun) -> None:
+    run.cfg = RunConfig(name="test", data=DataConfig(train_path=[], max_length=60))
+    run.replies = {"answers-0": {**four_answers("r1", "r2"), "r1/1": "w " * 60}}
+    run.verdict = prefers({**QUALITY, "w " * 60: 3.0})
+    carry_out("raft", run, num_samples=4)
+    assert responses(run) == [("r2", "a1")]
+    assert run.notes["best answers"].dropped == {"too_long": 1}
+
+
 # -- RSO ----------------------------------------------------------------------------------------
 
 
@@ -199,6 +208,12 @@ def test_pairs_of_no_use_are_counted(run: ScriptedRun, name: str) -> None:
     (training,) = carry_out(name, run, **settings)
     assert run.notes["pairs"].dropped == {"too_long": 1}
     assert run.notes["pairs"].kept == len(training.rows)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_datas_answers_are_not_read(run: ScriptedRun, name: str) -> None:
+    carry_out(name, run, **METHODS[name])
+    assert run.sources == ["prompts"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -189,6 +189,7 @@ def test_sampling_from_the_starting_policy(run: ScriptedRun) -> None:
 @pytest.mark.parametrize(
     ("temperature", "accepted"),
     [
+        (0.0, ("a1", "a2")),  # the best
         # Rewards 0, ln 9, ln 3, -ln 3; draws of r1: 0.548, 0.808, 0.528, 0.956, then 0.461, 0.425.
         # Below (e^r / 9)^2 = 0.012, 1, 0.111, 0.001 is the second; below (e^r / 3)^2 = 0.111, 1 of
         # those left, the third.
@@ -205,6 +206,13 @@ def test_sampling_thinned_out_by_rejection(
     assert run.weights["answers"] is WeightSet.FROZEN
     assert texts_of(run.tokenizer, training.rows) == [accepted]
     assert len(run.judged["strengths"]) == 2
+
+
+@pytest.mark.parametrize("pairing", [p for p in Pairing if p is not Pairing.raft])
+def test_only_spin_pairs_need_the_datas_answers(run: ScriptedRun, pairing: Pairing) -> None:
+    run.verdict = prefers({**QUALITY, "reference r1": 0.0, "reference r2": 0.0})
+    one_stage(run, pairing=pairing)
+    assert run.sources == ["demonstrations" if pairing is Pairing.spin else "prompts"]
 
 
 def test_offline_judges_the_datas_pairs(run: ScriptedRun) -> None:
@@ -321,7 +329,15 @@ def test_the_judge_is_taught_before_the_policy_is_copied(run: ScriptedRun) -> No
             {"num_samples": 3, "sampling": Sampling.rso},
             r"algorithm\.num_samples=3: expected at least 4 answers a prompt",
         ),
-        ({"reward_beta": 0.0}, r"algorithm\.reward_beta=0\.0: expected a positive number"),
+        ({"reward_beta": -0.5}, r"algorithm\.reward_beta=-0\.5: expected 0 or more"),
+        (
+            {"loss": SoftLoss.dpo, "pairing": Pairing.random},
+            r"only through the strength, which this loss does not read\. Use loss=spce\.",
+        ),
+        (
+            {"loss": SoftLoss.ipo, "target": Target.difference},
+            r"only through the strength, which this loss does not read\. Use loss=spce\.",
+        ),
         (
             {"target": Target.difference, "pairing": Pairing.spin},
             r"target=difference scores two samples, pairing=spin has one a pair",
