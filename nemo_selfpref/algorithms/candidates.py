@@ -82,15 +82,19 @@ def score_candidates(
 
 def pairs_of(
     rollouts: Rollouts,
-    picked: Sequence[tuple[Candidates, int, int]],
+    picked: Sequence[tuple[Candidates, tuple[int, int] | None]],
     suffix: str = "",
     drop_truncated_chosen: bool = True,
 ) -> list[PreferencePair]:
     """Pairs of the answers numbered (chosen, rejected) in each group; those no use to a loss are
-    left out and counted."""
+    left out and counted, and so is a group with None, whose scores tell nothing apart."""
     limits = PairLimits(rollouts.cfg.data.max_length, drop_truncated_chosen)
     report, pairs = DropReport(), []
-    for group, best, worst in picked:
+    for group, numbers in picked:
+        if numbers is None:
+            report.drop("equal_scores", group.row.source)
+            continue
+        best, worst = numbers
         chosen, rejected = group.answers[best], group.answers[worst]
         fault = pair_fault(group.row.prompt_ids, rejected, chosen, limits)
         if fault is not None:

@@ -110,7 +110,7 @@ class JudgedPairs(PairMaker):
         if c.pairing is Pairing.spin:
             pairs = _over_samples(rollouts, groups, suffix)
         else:
-            picked = [(g, *pair) for g in groups for pair in self._numbers(step, rollouts, g)]
+            picked = [(g, pair) for g in groups for pair in self._numbers(step, rollouts, g)]
             pairs = pairs_of(rollouts, picked, suffix, c.drop_truncated_chosen)
         if not self.soft:
             return pairs
@@ -128,14 +128,15 @@ class JudgedPairs(PairMaker):
         seed = seed_of(rollouts.cfg.seed, "accept", step, group.row.id)
         return rejection_sampled(group, len(group.answers) // 2, self.config.reward_beta, seed)
 
-    def _numbers(self, step: int, rollouts: Rollouts, group: Candidates) -> list[tuple[int, int]]:
-        """(chosen, rejected) numbers of one prompt's answers."""
+    def _numbers(
+        self, step: int, rollouts: Rollouts, group: Candidates
+    ) -> Sequence[tuple[int, int] | None]:
+        """(chosen, rejected) numbers of one prompt's answers; None for answers all alike."""
         if self.config.pairing is Pairing.random:
             seed = seed_of(rollouts.cfg.seed, "pairing", step, group.row.id)
             return random_pairs(len(group.answers), seed)
         if self.config.pairing is Pairing.raft:
-            ends = best_and_worst(group.scores)
-            return [] if ends is None else [ends]
+            return [best_and_worst(group.scores)]
         return ranked_pairs(group.scores)
 
 

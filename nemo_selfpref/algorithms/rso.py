@@ -68,6 +68,6 @@ class RSO(Algorithm):
         for group in scored:
             seed = seed_of(run.cfg.seed, "accept", group.row.id)
             accepted = rejection_sampled(group, c.num_accepted, c.reward_beta, seed)
-            picked += [(accepted, *pair) for pair in ranked_pairs(accepted.scores)]
+            picked += [(accepted, pair) for pair in ranked_pairs(accepted.scores)]
         pairs = pairs_of(run, picked, drop_truncated_chosen=c.drop_truncated_chosen)
         run.train("policy", pairs, DPOObjective(c.beta), train_settings(c))

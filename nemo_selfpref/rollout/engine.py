@@ -29,7 +29,8 @@ class RolloutEngine(Protocol):
         """One completion for each request, in the order of the requests.
 
         A completion depends on its prompt, seed, parameters and the weights alone, not on the
-        other requests or on the parallel layout. `on_done(completions, tokens)` reports progress.
+        other requests or on the parallel layout, up to a draw that lies within the logits' rounding
+        of the border between two tokens. `on_done(completions, tokens)` reports progress.
 
         Raises:
             RolloutError: a prompt is empty or too long for the model, or the weight set is one

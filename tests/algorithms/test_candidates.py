@@ -171,11 +171,10 @@ def test_answers_found_equally_good_make_no_pair(run: ScriptedRun) -> None:
     assert [row.id for row in training.rows] == ["r2/1-3@0"]
 
 
-@pytest.mark.xfail(strict=True, reason="prompts of equal scores are left out without a count")
 def test_answers_found_equally_good_are_counted(run: ScriptedRun) -> None:
     run.verdict = lambda prompt: (-1.0, -1.0)
     carry_out("self_rewarding", run, iterations=1)
-    assert sum(run.notes["pairs"].dropped.values()) == 2
+    assert run.notes["pairs"].dropped == {"equal_scores": 2}
 
 
 # -- what they share ----------------------------------------------------------------------------

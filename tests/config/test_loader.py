@@ -55,7 +55,7 @@ def test_values_arrive_typed() -> None:
         ("data.drop=[bad_rows]", r"data\.drop.*bad_rows"),
         ("trainer.max_epochs=null", r"trainer\.max_epochs: "),
         ("rollout.top_p=[1]", r"rollout\.top_p: "),
-        ("algorithm=dpoo", r"algorithm=dpoo: expected one of dpo, ipo, orpo, sft, sgpo"),
+        ("algorithm=dpoo", r"algorithm=dpoo: expected one of cdpo, dpo, ipo, .*, sgpo, spin"),
         ("trainer", r"'trainer' missing EQUAL"),
         ("~trainer.devices", r"trainer\.devices: .* does not support deletion"),
         ("+trainer.more=1", r"unknown setting 'trainer\.more'.*'\+trainer\.more=1'"),
@@ -69,9 +69,11 @@ def test_a_wrong_override_is_explained(override: str, message: str) -> None:
 
 
 def test_a_config_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match=r"--config-name dop: no such file .* Did you mean 'dpo'"):
-        load("dop")
-    with pytest.raises(ConfigError, match="There are: dpo, ipo, orpo, sft, sgpo"):
+    with pytest.raises(
+        ConfigError, match=r"--config-name dpoo: no such file .* Did you mean 'dpo'"
+    ):
+        load("dpoo")
+    with pytest.raises(ConfigError, match="There are: cdpo, dpo, ipo, orpo, osp, raft, rso, "):
         load("zzz")
 
 
