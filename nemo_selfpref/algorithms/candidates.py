@@ -37,6 +37,11 @@ def check_samples(num: int, fewest: int = 2, name: str = "num_samples") -> None:
         raise ConfigError(f"algorithm.{name}={num}: expected at least {fewest} answers a prompt")
 
 
+def check_reward_beta(reward_beta: float) -> None:
+    if reward_beta < 0:
+        raise ConfigError(f"algorithm.reward_beta={reward_beta}: expected 0 or more")
+
+
 def sample_candidates(
     rollouts: Rollouts,
     rows: Sequence[Demonstration],

@@ -18,6 +18,7 @@ from nemo_selfpref.algorithms.base import (
     check_positive,
     instruction_text,
 )
+from nemo_selfpref.config.checks import check_optim
 from nemo_selfpref.config.schema import OptimConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError, RolloutError
@@ -65,6 +66,7 @@ class JudgeConfig:
         if self.augmentation.num_pairs < 0:
             raise ConfigError("algorithm.judge.augmentation.num_pairs: expected 0 (off) or more")
         check_positive("algorithm.judge.augmentation.max_epochs", self.augmentation.max_epochs)
+        check_optim("algorithm.judge.augmentation.optim", self.augmentation.optim)
         if not self.opening.strip():
             raise ConfigError(
                 "algorithm.judge.opening is empty: expected the word before the label, as RESPONSE"
@@ -113,8 +115,12 @@ class Judge:
 
     def prompt(self, row: Demonstration | PreferencePair, a: str, b: str) -> TokenIds:
         """A judge prompt that ends where the label comes."""
+        return self.question(row, a, b) + self.labels.opening
+
+    def question(self, row: Demonstration | PreferencePair, a: str, b: str) -> TokenIds:
+        """The same up to where the judge's own turn begins."""
         text = self.template.render(instruction=instruction_text(row), response_a=a, response_b=b)
-        return self.rollouts.encode_user(row, text) + self.labels.opening
+        return self.rollouts.encode_user(row, text)
 
     def strengths(
         self,
@@ -194,7 +200,7 @@ def _lesson(
     texts = [run.tokenizer.decode(ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
     a, b = texts if better_first else reversed(texts)
     verdict = f"{judge.config.opening} {'A' if better_first else 'B'}"
-    prompt = judge.prompt(pair, a, b)[: -len(judge.labels.opening) or None]
+    prompt = judge.question(pair, a, b)
     answer = run.tokenizer.encode_response([{"role": "user", "content": "?"}], verdict)
     source = str(pair.provenance.get("source", pair.id))
     return Demonstration(f"{pair.id}/judge", pair.messages, prompt, answer, verdict, source)

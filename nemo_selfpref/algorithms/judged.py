@@ -9,6 +9,7 @@ from enum import Enum
 from nemo_selfpref.algorithms.base import PairMaker, Rollouts
 from nemo_selfpref.algorithms.candidates import (
     Candidates,
+    check_reward_beta,
     check_samples,
     pairs_of,
     rejection_sampled,
@@ -18,7 +19,7 @@ from nemo_selfpref.algorithms.candidates import (
 from nemo_selfpref.algorithms.judge import Judge, JudgeConfig, Question
 from nemo_selfpref.algorithms.reference import ReferenceConfig
 from nemo_selfpref.errors import ConfigError
-from nemo_selfpref.pairing.builders import PairLimits, target_fault, target_pair
+from nemo_selfpref.pairing.builders import PairLimits, target_over_sample
 from nemo_selfpref.pairing.ranking import (
     best_and_worst,
     random_pairs,
@@ -56,8 +57,7 @@ class JudgedConfig(ReferenceConfig):
 def check_judged(config: JudgedConfig, soft: bool) -> None:
     """Raise ConfigError for settings that contradict each other; soft: the loss uses strengths."""
     check_samples(config.num_samples, fewest=4 if config.sampling is Sampling.rso else 2)
-    if config.reward_beta < 0:
-        raise ConfigError(f"algorithm.reward_beta={config.reward_beta}: expected 0 or more")
+    check_reward_beta(config.reward_beta)
     config.judge.check()
     if not soft and (config.pairing is Pairing.random or config.target is Target.difference):
         raise ConfigError(
@@ -143,16 +143,10 @@ class JudgedPairs(PairMaker):
 def _over_samples(
     rollouts: Rollouts, groups: Sequence[Candidates], suffix: str
 ) -> list[PreferencePair]:
-    limits, report, pairs = PairLimits(rollouts.cfg.data.max_length), DropReport(), []
-    for group in groups:
-        for answer in group.answers:
-            fault = target_fault(group.row, answer.token_ids, limits)
-            if fault is not None:
-                report.drop(fault, group.row.source)
-                continue
-            name = f"{answer.id}{suffix}"
-            pairs.append(target_pair(name, group.row, answer.token_ids, answer))
-    report.kept = len(pairs)
+    rows = [group.row for group in groups for _ in group.answers]
+    answers = [answer for group in groups for answer in group.answers]
+    limits = PairLimits(rollouts.cfg.data.max_length)
+    pairs, report = target_over_sample(rows, answers, limits, suffix)
     rollouts.note("pairs", report)
     return pairs
 

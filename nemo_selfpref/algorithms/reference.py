@@ -57,9 +57,12 @@ def check_reference(
 ) -> None:
     """Raise ConfigError for a mode refused here, and for settings that nothing would use."""
     check_ref(config.ref, refused)
-    moves = config.ref in (RefMode.policy, RefMode.ema)
     averages = config.ref is RefMode.ema or samples_ema
-    for name, used in (("ref_every", moves), ("ema_every", averages), ("ema_alpha", averages)):
+    for name, used in (
+        ("ref_every", config.ref.moves),
+        ("ema_every", averages),
+        ("ema_alpha", averages),
+    ):
         value = getattr(config, name)
         if value is None:
             continue
@@ -75,10 +78,9 @@ def check_reference(
 
 def train_settings(config: ReferenceConfig, samples_ema: bool = False) -> TrainSettings:
     """The reference, and the moving average where the reference or the sampler is one."""
-    moves = config.ref in (RefMode.policy, RefMode.ema)
     averaging = None
     if config.ref is RefMode.ema or samples_ema:
         alpha = EMA_ALPHA if config.ema_alpha is None else config.ema_alpha
         averaging = Averaging(alpha, config.ema_every or EMA_EVERY)
-    every = (config.ref_every or REF_EVERY) if moves else 0
+    every = (config.ref_every or REF_EVERY) if config.ref.moves else 0
     return TrainSettings(reference=Reference(config.ref, every), averaging=averaging)

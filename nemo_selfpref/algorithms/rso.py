@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from nemo_selfpref.algorithms.base import Algorithm, RunContext, check_positive, register
 from nemo_selfpref.algorithms.candidates import (
+    check_reward_beta,
     check_samples,
     pairs_of,
     rejection_sampled,
@@ -23,7 +24,6 @@ from nemo_selfpref.algorithms.reference import (
     train_settings,
 )
 from nemo_selfpref.config.schema import RunConfig
-from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.objectives.objective import DPOObjective
 from nemo_selfpref.pairing.ranking import ranked_pairs
 from nemo_selfpref.rollout.sampling import seed_of
@@ -54,8 +54,7 @@ class RSO(Algorithm):
         check_positive("algorithm.beta", c.beta)
         check_samples(c.num_accepted, name="num_accepted")
         check_samples(c.num_samples, fewest=c.num_accepted)
-        if c.reward_beta < 0:
-            raise ConfigError(f"algorithm.reward_beta={c.reward_beta}: expected 0 or more")
+        check_reward_beta(c.reward_beta)
         c.judge.check()
         check_reference(c, ONE_STAGE)
 

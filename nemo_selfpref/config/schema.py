@@ -49,6 +49,11 @@ class RefMode(Enum):
     """The policy as it was when this iteration began."""
     none = "none"
 
+    @property
+    def moves(self) -> bool:
+        """Whether the reference is taken anew during a training stage."""
+        return self in (RefMode.policy, RefMode.ema)
+
 
 class DropReason(Enum):
     bad_row = "bad_row"

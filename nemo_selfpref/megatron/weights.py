@@ -98,9 +98,9 @@ class WeightSets:
         if name not in self._copies:
             self._copies[name] = self._empty(name)
         loaded = load(self.sharded_state_dict(name))
-        named = dict(self.policy.module.named_parameters())
+        named = self.policy.module.named_parameters()
         with torch.no_grad():
-            for (key, _), copy in zip(named.items(), self._copies[name], strict=True):
+            for (key, _), copy in zip(named, self._copies[name], strict=True):
                 copy.copy_(loaded[key])
         self._versions[name] = version
 

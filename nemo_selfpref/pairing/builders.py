@@ -57,7 +57,8 @@ def target_over_sample(
     limits: PairLimits,
     suffix: str = "",
 ) -> tuple[list[PreferencePair], DropReport]:
-    """Pairs (x, the row's own answer chosen, a sample rejected) (SPIN, section 4)."""
+    """Pairs (x, the row's own answer chosen, a sample rejected), named by the sample (SPIN,
+    section 4)."""
     report = DropReport()
     pairs = []
     for demo, sample in zip(demonstrations, samples, strict=True):
@@ -65,7 +66,7 @@ def target_over_sample(
         if reason is not None:
             report.drop(reason, demo.source)
             continue
-        pairs.append(target_pair(f"{demo.id}{suffix}", demo, sample.token_ids, sample))
+        pairs.append(target_pair(f"{sample.id}{suffix}", demo, sample.token_ids, sample))
     report.kept = len(pairs)
     return pairs, report
 

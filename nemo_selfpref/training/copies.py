@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_selfpref.algorithms.base import Averaging, Reference
 from nemo_selfpref.checkpoint.files import read_json, write_json
@@ -30,7 +30,7 @@ class StageCopies:
 
     @property
     def reference_moves(self) -> bool:
-        return self.reference.mode in (RefMode.policy, RefMode.ema)
+        return self.reference.mode.moves
 
     @property
     def reference_set(self) -> WeightSet:
@@ -71,10 +71,6 @@ class StageCopies:
         if not (folder / _COPIES).is_dir():
             return
         for name, version in read_json(folder / _COPIES / "versions.json").items():
-            reader = ShardReader(folder / _COPIES / name)
-
-            def read(state: dict[str, Any], reader: ShardReader = reader) -> dict[str, Any]:
-                return load_state(reader, state)
-
+            read = partial(load_state, ShardReader(folder / _COPIES / name))
             self.weights.fill(WeightSet(name), read, int(version))
         barrier()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nemo_selfpref.checkpoint.sharded import TensorSource, load_state
 from nemo_selfpref.checkpoint.training_state import fill_policy, weights_of
@@ -24,7 +24,6 @@ class WeightPlaces:
         first = (None, weights.policy.weight_version)
         self._frozen: tuple[Path | None, int] = first
         self._current: tuple[Path | None, int] = first
-        self._newest = weights.policy.weight_version
         self._loaded = True
 
     @property
@@ -34,7 +33,7 @@ class WeightPlaces:
 
     def arrive(self, folder: Path, version: int, loaded: bool) -> None:
         """The policy is now what `folder` holds; `loaded` if it is in memory already."""
-        self._current, self._newest, self._loaded = (folder, version), version, loaded
+        self._current, self._loaded = (folder, version), loaded
 
     def leave(self) -> None:
         """Training begins: the policy is no longer what the current folder holds."""
@@ -46,9 +45,8 @@ class WeightPlaces:
 
     def reset(self) -> None:
         """The policy goes back to the frozen weights, under a version of its own."""
-        folder, _ = self._frozen
-        self._newest += 1
-        self._current, self._loaded = (folder, self._newest), False
+        (folder, _), (_, newest) = self._frozen, self._current
+        self._current, self._loaded = (folder, newest + 1), False
         self._frozen = self._current
         self.weights.drop(WeightSet.FROZEN)
 
@@ -66,11 +64,7 @@ class WeightPlaces:
         if self.policy_is_frozen:
             self.weights.take(WeightSet.FROZEN, WeightSet.POLICY)
             return
-        source = self._source(folder)
-
-        def read(state: dict[str, Any]) -> dict[str, Any]:
-            return load_state(source, state)
-
+        read = partial(load_state, self._source(folder))
         self.weights.fill(WeightSet.FROZEN, read, version)
 
     def _source(self, folder: Path | None) -> TensorSource:
