@@ -2,13 +2,18 @@
 # make test   sets up and runs the tests
 # make lint   ruff, pyright
 # make gpu-check  the tests that need a GPU; without one it says what was skipped
+# make bench PAIRS=pairs.jsonl  DPO pairs per second, ours over TRL's; without PAIRS, made-up pairs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TORCH := torch==2.13.0
+BENCH_VENV := .venv-bench
+BENCH_BIN := $(BENCH_VENV)/bin
+BENCH_STAMP := $(BENCH_VENV)/.ready
+BENCH_ARGS ?=
 
-.PHONY: help setup demo test test-slow gpu-check lint clean
+.PHONY: help setup demo test test-slow gpu-check lint bench clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -39,10 +44,23 @@ test-slow: setup
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu -rs
 
+# TRL lives apart: its requirements need not agree with ours.
+$(BENCH_STAMP): requirements/bench.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_BIN)/pip install -qq --disable-pip-version-check $(TORCH)
+	printf '%s\n' '$(TORCH)' > $(BENCH_VENV)/constraints.txt
+	$(BENCH_BIN)/pip install -qq --disable-pip-version-check -c $(BENCH_VENV)/constraints.txt \
+	    -r requirements/bench.txt
+	touch $@
+
+bench: setup $(BENCH_STAMP)
+	$(BIN)/python benchmarks/dpo_vs_trl.py --trl-python $(BENCH_BIN)/python \
+	    $(if $(PAIRS),--data $(PAIRS)) $(BENCH_ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) runs build dist *.egg-info

@@ -11,7 +11,14 @@ import torch
 
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource
 from nemo_selfpref.checkpoint.training_state import fill_policy
-from nemo_selfpref.config.schema import Precision
+from nemo_selfpref.config.schema import (
+    AlgorithmConfig,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    Precision,
+    RunConfig,
+)
 from nemo_selfpref.megatron.policy import Policy
 
 MakePolicy = Callable[[Path], Policy]
@@ -118,3 +125,17 @@ def scale(policy: Policy, factor: float = 1.5) -> None:
     """Change every weight, and count that as an optimizer step."""
     torch._foreach_mul_(list(policy.module.parameters()), factor)
     policy.weight_version += 1
+
+
+def with_adapters(folder: Path, lora: LoRAConfig, seed: int = 1234, **model: Any) -> Policy:
+    """The model of a Hugging Face or checkpoint folder as a run with adapters builds it."""
+    from nemo_selfpref.training.session import build_policy, find_start
+
+    cfg = RunConfig(
+        name="adapters",
+        seed=seed,
+        model=ModelConfig(restore_from_path=str(folder), lora=lora, **model),
+        data=DataConfig(train_path=[], max_length=64, max_prompt_length=32),
+        algorithm=AlgorithmConfig(name="none"),
+    )
+    return build_policy(cfg, find_start(cfg))[0]

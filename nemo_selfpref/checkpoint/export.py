@@ -12,8 +12,8 @@ from torch import Tensor
 from nemo_selfpref.checkpoint.files import new_folder, sha256_of, write_json
 from nemo_selfpref.checkpoint.hf_config import write_config
 from nemo_selfpref.checkpoint.hf_weights import megatron_shapes, to_huggingface
-from nemo_selfpref.checkpoint.sharded import ShardReader
-from nemo_selfpref.checkpoint.training_state import architecture_of, weights_of
+from nemo_selfpref.checkpoint.sharded import TensorSource
+from nemo_selfpref.checkpoint.training_state import architecture_of, merged_weights_of
 from nemo_selfpref.config.schema import ArchitectureConfig, TokenizerConfig
 from nemo_selfpref.data.tokenizer import load_tokenizer
 
@@ -23,6 +23,7 @@ _FILE_BYTES = 4 * 2**30
 def export_checkpoint(checkpoint: Path, target: Path) -> None:
     """Write `checkpoint` to `target` as safetensors, config, generation config and tokenizer.
 
+    Adapters are merged into the weights they belong to.
     The folder appears whole or not at all; an existing one is replaced. Memory holds at most one
     output file's tensors.
 
@@ -30,7 +31,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         CheckpointError: the checkpoint is damaged or incomplete.
     """
     arch = architecture_of(checkpoint)
-    reader = weights_of(checkpoint)
+    reader = merged_weights_of(checkpoint)
     tokenizer = load_tokenizer(TokenizerConfig(), str(checkpoint / "tokenizer"))
     with new_folder(target) as folder:
         dtype = _write_weights(folder, reader, arch)
@@ -49,12 +50,12 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         write_json(folder / "manifest.json", {"sha256": sums})
 
 
-def _tensors(reader: ShardReader, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:
+def _tensors(reader: TensorSource, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:
     for key, shape in megatron_shapes(arch).items():
         yield from to_huggingface(key, reader.read(key, (0,) * len(shape), shape), arch)
 
 
-def _write_weights(folder: Path, reader: ShardReader, arch: ArchitectureConfig) -> str:
+def _write_weights(folder: Path, reader: TensorSource, arch: ArchitectureConfig) -> str:
     """Write the weights in files of at most _FILE_BYTES; returns their dtype's name."""
     weight_map: dict[str, int] = {}
     total = used = 0

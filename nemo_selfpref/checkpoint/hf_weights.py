@@ -50,6 +50,11 @@ def megatron_shapes(arch: ArchitectureConfig) -> dict[str, tuple[int, ...]]:
         shapes[prefix + _QKV] = (heads + 2 * groups, hidden)
         shapes[prefix + "self_attention.linear_proj.weight"] = (hidden, heads)
         shapes[prefix + "mlp.linear_fc1.layer_norm_weight"] = (hidden,)
+        if experts := arch.num_moe_experts:
+            shapes[prefix + "mlp.router.weight"] = (experts, hidden)
+            shapes[prefix + "mlp.experts.experts.linear_fc1.weight"] = (experts, 2 * ffn, hidden)
+            shapes[prefix + "mlp.experts.experts.linear_fc2.weight"] = (experts, hidden, ffn)
+            continue
         shapes[prefix + _FC1] = (2 * ffn, hidden)
         shapes[prefix + "mlp.linear_fc2.weight"] = (hidden, ffn)
     shapes["decoder.final_layernorm.weight"] = (hidden,)
@@ -176,12 +181,17 @@ class RandomSource:
         full = self._shapes[key]
         if len(full) == 1:
             return read_part(torch.ones(full), offset, shape)
-        digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = generator_for(key, self.seed)
         std = self.arch.init_method_std
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= (2 * self.arch.num_layers) ** 0.5
         return read_part(torch.randn(full, generator=generator) * std, offset, shape)
+
+
+def generator_for(key: str, seed: int) -> torch.Generator:
+    """Random numbers that depend on a tensor's name and the seed alone."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def read_part(tensor: Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """Checkpoints of ours: a folder of safetensors and JSON, readable under any parallel layout.
 
-checkpoint.json   format, architecture, weight version
+checkpoint.json   format, architecture, adapters, weight version
 weights/          global tensors in shards, one file a rank
 tokenizer/        a Hugging Face tokenizer folder (weights checkpoints)
 optimizer/        the same for the optimizer (checkpoints within a stage)
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nemo_selfpref.checkpoint.files import publish_folder, read_json, write_json
+from nemo_selfpref.checkpoint.lora import MergedSource, check_same_adapters
 from nemo_selfpref.checkpoint.sharded import (
     ShardReader,
     TensorSource,
@@ -27,7 +28,7 @@ from nemo_selfpref.checkpoint.sharded import (
     read_common,
     save_state,
 )
-from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
+from nemo_selfpref.config.schema import ArchitectureConfig, LoRAConfig, RopeScalingConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.megatron.optim import PolicyOptimizer
@@ -72,10 +73,31 @@ def architecture_of(folder: Path) -> ArchitectureConfig:
     )
 
 
+def lora_of(folder: Path) -> LoRAConfig:
+    """The adapters of a checkpoint; rank 0 if it has none."""
+    return LoRAConfig(**(read_manifest(folder).get("lora") or {}))
+
+
 def weights_of(folder: Path) -> ShardReader:
-    """The weights of a checkpoint, checksums verified."""
+    """The weights of a checkpoint as they are, checksums verified."""
     read_manifest(folder)
     return ShardReader(folder / "weights")
+
+
+def merged_weights_of(folder: Path) -> TensorSource:
+    """The weights of a checkpoint as those of a model without adapters, checksums verified."""
+    lora, reader = lora_of(folder), weights_of(folder)
+    return MergedSource(reader, lora) if lora.rank else reader
+
+
+def weights_for(folder: Path, lora: LoRAConfig) -> TensorSource:
+    """The weights of a checkpoint for a model with these adapters, checksums verified.
+
+    Raises:
+        ConfigError: the checkpoint has other adapters.
+    """
+    check_same_adapters(folder, lora_of(folder), lora)
+    return weights_of(folder) if lora.rank else merged_weights_of(folder)
 
 
 class _CollectiveFolder:
@@ -136,6 +158,7 @@ def _write_manifest(folder: Path, policy: Policy) -> None:
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "architecture": asdict(policy.arch),
+            "lora": asdict(policy.config.lora) if policy.config.lora.rank else None,
             "weight_version": policy.weight_version,
             "precision": policy.precision.value,
         },
@@ -151,7 +174,7 @@ def load_weights(folder: Path, policy: Policy) -> None:
     """Read a checkpoint's weights into the policy.
 
     Raises:
-        CheckpointError: damaged, or of another architecture.
+        CheckpointError: damaged, or of another architecture. ConfigError: it has other adapters.
     """
     saved = asdict(architecture_of(folder))
     own = asdict(policy.arch)
@@ -160,7 +183,7 @@ def load_weights(folder: Path, policy: Policy) -> None:
             f"{k}: {saved[k]} there, {own[k]} here" for k in own if saved[k] != own[k]
         )
         raise CheckpointError(f"{folder} is of another architecture ({differ})")
-    fill_policy(policy, weights_of(folder))
+    fill_policy(policy, weights_for(folder, policy.config.lora))
     policy.weight_version = int(read_manifest(folder)["weight_version"])
 
 

@@ -95,7 +95,7 @@ def verify_export(
     prompts = [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in probes]
     ours = policy_logits(policy, prompts)
     layout = policy.layout
-    if ours is None or layout.tensor_rank != 0 or layout.data_rank != 0:
+    if ours is None or layout.tensor_rank or layout.data_rank or layout.context_rank:
         return None
     dtype = policy.module.config.params_dtype
     tolerance = TOLERANCE[dtype]

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from nemo_selfpref.config.schema import ArchitectureConfig, OptimConfig, OptimizerName, RunConfig
+from nemo_selfpref.config.schema import (
+    ArchitectureConfig,
+    LoRAConfig,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    RunConfig,
+)
 from nemo_selfpref.errors import ConfigError
 
 
 def check_config(cfg: RunConfig) -> None:
     """Raise ConfigError with every contradiction found, one a line."""
-    _raise([*_trainer(cfg), *_parallel(cfg), *_batch(cfg), *_lengths(cfg), *_rollout(cfg)])
+    rules = (_trainer, _parallel, _batch, _reference_cache, _lengths, _rollout)
+    _raise([problem for rule in rules for problem in rule(cfg)])
+    check_lora(cfg.model.lora)
     check_optim("model.optim", cfg.model.optim)
 
 
 def check_architecture(cfg: RunConfig, arch: ArchitectureConfig) -> None:
     """The same for the model's shape, known once the weights' folder has been read."""
-    _raise([*_split_of_model(cfg, arch), *_context(cfg, arch)])
+    _raise([*_split_of_model(cfg, arch), *_context(cfg, arch), *_adapted_experts(cfg, arch)])
 
 
 def _raise(problems: list[str]) -> None:
@@ -55,24 +65,69 @@ def _trainer(cfg: RunConfig) -> Iterator[str]:
         yield f"trainer.gradient_clip_val={t.gradient_clip_val}: expected 0 (off) or more"
 
 
+def _replica_size(m: ModelConfig) -> int:
+    """Processes that hold one copy of the model and work on one micro-batch."""
+    sizes = (
+        m.tensor_model_parallel_size,
+        m.pipeline_model_parallel_size,
+        m.context_parallel_size,
+    )
+    return math.prod(max(size, 1) for size in sizes)
+
+
 def _parallel(cfg: RunConfig) -> Iterator[str]:
     m, world = cfg.model, cfg.trainer.devices * cfg.trainer.num_nodes
-    tensor, pipeline = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     yield from _positive(
-        model__tensor_model_parallel_size=tensor, model__pipeline_model_parallel_size=pipeline
+        model__tensor_model_parallel_size=m.tensor_model_parallel_size,
+        model__pipeline_model_parallel_size=m.pipeline_model_parallel_size,
+        model__context_parallel_size=m.context_parallel_size,
+        model__expert_model_parallel_size=m.expert_model_parallel_size,
     )
-    if tensor > 0 and pipeline > 0 and world % (tensor * pipeline):
+    if world % _replica_size(m):
         yield (
             f"{world} processes (trainer.devices x trainer.num_nodes) cannot be split into "
-            f"replicas of model.tensor_model_parallel_size={tensor} x "
-            f"model.pipeline_model_parallel_size={pipeline} = {tensor * pipeline}. "
+            f"replicas of model.tensor_model_parallel_size={m.tensor_model_parallel_size} x "
+            f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size} x "
+            f"model.context_parallel_size={m.context_parallel_size} = {_replica_size(m)}. "
             "Set trainer.devices to a multiple of that."
         )
-    if m.sequence_parallel and tensor == 1:
+        return
+    if m.sequence_parallel and m.tensor_model_parallel_size == 1:
         yield (
             "model.sequence_parallel=true does nothing without tensor parallelism. Set "
             "model.tensor_model_parallel_size=2 or more, or switch it off."
         )
+    virtual = m.virtual_pipeline_model_parallel_size
+    if virtual is not None and (virtual < 2 or m.pipeline_model_parallel_size < 2):
+        yield (
+            f"model.virtual_pipeline_model_parallel_size={virtual} with "
+            f"model.pipeline_model_parallel_size={m.pipeline_model_parallel_size}: the interleaved "
+            "schedule needs 2 or more of both. Set null for the plain schedule."
+        )
+    yield from _expert_parallel(m, world // _replica_size(m))
+    if m.use_distributed_optimizer and m.optim.name is OptimizerName.rmsprop:
+        yield (
+            "model.use_distributed_optimizer=true with model.optim.name=rmsprop: Megatron splits "
+            "the state of Adam only. Set model.optim.name=adamw, or switch it off."
+        )
+
+
+def _expert_parallel(m: ModelConfig, replicas: int) -> Iterator[str]:
+    experts, tensor = m.expert_model_parallel_size, m.tensor_model_parallel_size
+    if experts < 2:
+        return
+    ranks = replicas * m.context_parallel_size * tensor
+    if ranks % experts:
+        yield (
+            f"model.expert_model_parallel_size={experts} does not divide the {ranks} ranks of a "
+            "pipeline stage (tensor x context x data parallel). Use a divisor of that."
+        )
+    for inner in (tensor, tensor * m.context_parallel_size):
+        if experts % inner and inner % experts:
+            yield (
+                f"model.expert_model_parallel_size={experts} and the {inner} ranks of tensor x "
+                "context parallelism: one has to be a multiple of the other"
+            )
 
 
 def _batch(cfg: RunConfig) -> Iterator[str]:
@@ -81,15 +136,37 @@ def _batch(cfg: RunConfig) -> Iterator[str]:
         model__micro_batch_size=m.micro_batch_size,
         model__global_batch_size=m.global_batch_size,
         model__logprob_chunk_size=m.logprob_chunk_size,
+        model__recompute_num_layers=m.recompute_num_layers,
     )
-    replica = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    replicas = cfg.trainer.devices * cfg.trainer.num_nodes // max(replica, 1)
-    step = m.micro_batch_size * max(replicas, 1)
+    if m.micro_batch_tokens is not None:
+        if m.micro_batch_tokens < 2 * cfg.data.max_length:
+            yield (
+                f"model.micro_batch_tokens={m.micro_batch_tokens} cannot hold a pair of two "
+                f"sequences of data.max_length={cfg.data.max_length}. Use at least "
+                f"{2 * cfg.data.max_length}, or lower data.max_length."
+            )
+        return
+    replicas = max(cfg.trainer.devices * cfg.trainer.num_nodes // _replica_size(m), 1)
+    step = m.micro_batch_size * replicas
     if step > 0 and m.global_batch_size % step:
         yield (
             f"model.global_batch_size={m.global_batch_size} is not a multiple of "
-            f"model.micro_batch_size={m.micro_batch_size} x {max(replicas, 1)} data-parallel "
+            f"model.micro_batch_size={m.micro_batch_size} x {replicas} data-parallel "
             f"replicas = {step}. Use {-(-m.global_batch_size // step) * step}."
+        )
+
+
+def _reference_cache(cfg: RunConfig) -> Iterator[str]:
+    m = cfg.model
+    folder, bound = m.reference_cache_dir, m.reference_cache_max_gb
+    if folder is not None and not folder.strip():
+        yield "model.reference_cache_dir is empty: give a folder, or null to keep nothing"
+    if not 0 <= bound < math.inf:
+        yield f"model.reference_cache_max_gb={bound}: expected 0 (no bound) or more"
+    if bound and folder is None:
+        yield (
+            f"model.reference_cache_max_gb={bound} does nothing without "
+            "model.reference_cache_dir. Set that too, or leave both out."
         )
 
 
@@ -114,6 +191,28 @@ def _rollout(cfg: RunConfig) -> Iterator[str]:
         yield f"rollout.top_p={r.top_p}: expected 0 < top_p <= 1"
     if r.top_k < 0:
         yield f"rollout.top_k={r.top_k}: expected 0 (off) or more"
+
+
+def check_lora(lora: LoRAConfig) -> None:
+    """Raise ConfigError for adapters that cannot be built."""
+    known = LoRAConfig().target_modules
+    unknown = [name for name in lora.target_modules if name not in known]
+    problems = []
+    if lora.rank < 0:
+        problems.append(f"model.lora.rank={lora.rank}: expected 0 (off) or more")
+    if not 0 < lora.alpha < math.inf:
+        problems.append(f"model.lora.alpha={lora.alpha}: expected a positive number")
+    if unknown:
+        problems.append(
+            f"model.lora.target_modules: no layer is called {', '.join(unknown)}; expected some of "
+            f"{', '.join(known)}"
+        )
+    if lora.rank > 0 and not lora.target_modules:
+        problems.append(
+            f"model.lora.rank={lora.rank} with no model.lora.target_modules trains nothing. Name "
+            "some layers, or set model.lora.rank=0."
+        )
+    _raise(problems)
 
 
 def check_optim(where: str, optim: OptimConfig) -> None:
@@ -167,11 +266,15 @@ def _split_of_model(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]:
                 f"model.tensor_model_parallel_size={tensor} does not divide the model's {value} "
                 f"{name}. Use a divisor of {value}."
             )
-    if arch.num_layers % pipeline:
+    parts = pipeline * (m.virtual_pipeline_model_parallel_size or 1)
+    if arch.num_layers % parts:
         yield (
-            f"model.pipeline_model_parallel_size={pipeline} does not divide the model's "
-            f"{arch.num_layers} layers. Use a divisor of {arch.num_layers}."
+            f"model.pipeline_model_parallel_size={pipeline}"
+            + (f" x {parts // pipeline} virtual stages" if parts > pipeline else "")
+            + f" does not divide the model's {arch.num_layers} layers. Use a divisor of "
+            f"{arch.num_layers}."
         )
+    yield from _split_of_experts(cfg, arch)
     if arch.num_attention_heads % arch.num_query_groups:
         yield (
             f"{arch.num_attention_heads} attention heads cannot share {arch.num_query_groups} "
@@ -179,6 +282,42 @@ def _split_of_model(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]:
         )
     if arch.kv_channels % 2:
         yield f"kv_channels={arch.kv_channels}: the rotary embedding needs an even number"
+
+
+def _split_of_experts(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]:
+    m = cfg.model
+    size, experts = m.expert_model_parallel_size, arch.num_moe_experts
+    if size > 1 and (experts == 0 or experts % size):
+        yield (
+            f"model.expert_model_parallel_size={size} does not divide the model's {experts} "
+            "experts. Use a divisor of their number, and 1 for a dense model."
+        )
+    if not experts:
+        return
+    if cfg.export.hf:
+        yield (
+            "a model with experts cannot be written as a Hugging Face folder yet. Set "
+            "export.hf=false; the checkpoint is written all the same."
+        )
+    if not 2 <= arch.moe_router_topk <= experts:
+        yield (
+            f"moe_router_topk={arch.moe_router_topk}: expected 2 to {experts}, the experts (the "
+            "weight of a single one is always 1, and the router would not learn)"
+        )
+    if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
+        yield (
+            "a model with experts splits their tokens, not their weights, under tensor "
+            "parallelism: set model.sequence_parallel=true"
+        )
+
+
+def _adapted_experts(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]:
+    experts = getattr(arch, "num_moe_experts", 0)
+    if cfg.model.lora.rank and experts:
+        yield (
+            f"model.lora.rank={cfg.model.lora.rank} on a model with {experts} experts: adapters "
+            "are built for dense layers only. Set model.lora.rank=0."
+        )
 
 
 def _context(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]:

@@ -23,6 +23,36 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class AttentionBackend(Enum):
+    """What computes attention. Each gives the same numbers up to rounding."""
+
+    auto = "auto"
+    """sdpa on a CPU; on CUDA flex where prompts are shared or the context is split, else sdpa."""
+    sdpa = "sdpa"
+    """torch's scaled_dot_product_attention over runs of like length."""
+    flex = "flex"
+    """FlexAttention over the packed tokens with a block mask."""
+
+
+class LogprobBackend(Enum):
+    """What computes the element-wise part of the log-prob head; products are torch's."""
+
+    auto = "auto"
+    """triton on CUDA where it can be imported, else torch."""
+    torch = "torch"
+    triton = "triton"
+
+
+class Recompute(Enum):
+    """What of the activations is computed again in the backward pass."""
+
+    none = "none"
+    selective = "selective"
+    """The attention alone."""
+    full = "full"
+    """Whole layers, recompute_num_layers at a time."""
+
+
 class OptimizerName(Enum):
     adamw = "adamw"
     rmsprop = "rmsprop"
@@ -146,6 +176,10 @@ class ArchitectureConfig:
     layernorm_epsilon: float = 1e-5
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
+    num_moe_experts: int = 0
+    """Experts of every layer's feed-forward part; 0 for a dense model."""
+    moe_router_topk: int = 2
+    """Experts that a token goes to; their weights are a softmax over these alone (Mixtral's)."""
 
 
 @dataclass
@@ -183,6 +217,20 @@ class TokenizerConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters: y = W x + (alpha / rank) B A x with W frozen. There is no dropout: policy
+    and reference would differ before the first step."""
+
+    rank: int = 0
+    """Width of the adapters; 0 trains all weights and has none."""
+    alpha: float = 32.0
+    target_modules: list[str] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
+    """Which linear layers have one, of those four (Megatron's names), in every layer."""
+
+
+@dataclass
 class ModelConfig:
     restore_from_path: str | None = None
     """A Hugging Face folder or a checkpoint of ours. Null starts from random weights of the shape
@@ -191,13 +239,39 @@ class ModelConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Parts that each pipeline stage's layers are cut into (the interleaved schedule); null for
+    one."""
+    context_parallel_size: int = 1
+    """Ranks that split the tokens of one micro-batch."""
+    expert_model_parallel_size: int = 1
+    """Ranks of one pipeline stage, whatever else they split, that share out its experts."""
     sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    """Split optimizer state and main weights over the replicas."""
+    copies_on_cpu: bool = False
+    """Keep the frozen, averaged and lagged copies of the weights in the CPU's memory."""
+    recompute_granularity: Recompute = Recompute.none
+    recompute_num_layers: int = 1
+    attention_backend: AttentionBackend = AttentionBackend.auto
     micro_batch_size: int = 4
     """Rows (pairs or demonstrations) in one forward and backward pass of one replica."""
+    micro_batch_tokens: int | None = None
+    """Pack rows by length instead, as many as that many tokens hold; micro_batch_size is then not
+    used."""
+    share_prompts: bool = False
+    """Compute a prompt once for all answers to it in a micro-batch."""
     global_batch_size: int = 64
     """Rows in one optimizer step, over all replicas."""
     logprob_chunk_size: int = 1024
     """Tokens whose logits exist at one time in the log-prob head."""
+    logprob_backend: LogprobBackend = LogprobBackend.auto
+    reference_cache_dir: str | None = None
+    """Folder that keeps log-probs of reference passes for later steps, stages and runs, which may
+    share it; null keeps none."""
+    reference_cache_max_gb: float = 0.0
+    """GiB that folder may take; the oldest of its files go first. 0 for no bound."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 

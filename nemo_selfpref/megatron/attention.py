@@ -1,21 +1,30 @@
-"""Attention over packed sequences, and over a key-value cache while decoding.
+"""Attention over packed tokens, and over a key-value cache while decoding.
 
-One module serves training, log-prob passes and generation on every device: it takes packed
-tokens [T, 1, heads, dim] after the rotary embedding, and never lets one sequence see another.
+One module serves training, log-prob passes and generation on every device. It takes packed tokens
+[T, 1, heads, dim] after the rotary embedding. Who sees whom is told by spans (data/spans.py): the
+tokens of a span attend causally to themselves and to all of their context, so one layout describes
+separate sequences, answers that share a prompt, and a part of either under context parallelism.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_selfpref.config.schema import AttentionBackend
+from nemo_selfpref.data.spans import ContextSlices, Span, spans_of
+
 _MAX_PADDED_SHARE = 1.25
-"""Sequences are attended to in groups of like length; a group may be padded by a quarter."""
+"""Runs are attended to in groups of like length; a group may be padded by a quarter."""
 
 
 @dataclass
@@ -47,6 +56,21 @@ class KVCache:
                 store[layer] = store[layer][rows].contiguous()
 
 
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Runs of queries attended to together: S runs of up to Lq queries and up to Lk keys each.
+
+    queries: int64 [S, Lq] token of each cell among this rank's; keys: int64 [S, Lk] token of each
+    cell among the keys; cells: int64 [n] the cells of `queries` that are no padding, in order.
+    mask: bool [S, 1, Lq, Lk], or None where every run sees its own tokens only, causally.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    cells: Tensor
+    mask: Tensor | None = None
+
+
 @dataclass(kw_only=True)
 class PackedAttention(PackedSeqParams):
     """Layout of packed tokens, carried through megatron-core as its packed_seq_params.
@@ -55,10 +79,13 @@ class PackedAttention(PackedSeqParams):
     the frequencies it is handed, whatever the sequence.
     """
 
-    groups: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """A group's (gather [S, L] token of each cell, scatter [n] cell of each token, in order)."""
+    groups: list[AttentionGroup] = field(default_factory=list)
     tokens_of_groups: Tensor | None = None
     """Packed position of each token, group after group; None where that is the identity."""
+    key_group: Any = None
+    """Process group over which keys and values are gathered; None where this rank has them all."""
+    block_mask: BlockMask | None = None
+    """Takes the place of `groups` where FlexAttention computes."""
     cache: KVCache | None = None
     cache_rows: Tensor | None = None
     cache_positions: Tensor | None = None
@@ -74,28 +101,147 @@ def packed_attention(
     lengths: tuple[int, ...], device: torch.device, **cache: Any
 ) -> PackedAttention:
     """Causal attention within each of the sequences laid end to end."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups, order = [], []
-    for members in _groups_of_like_length(lengths):
-        longest = max(lengths[m] for m in members)
-        start = torch.tensor([starts[m] for m in members])[:, None]
-        size = torch.tensor([lengths[m] for m in members])[:, None]
-        column = torch.arange(longest)[None]
-        # A padding cell reads the sequence's first token; being later than every real token it is
-        # never attended to, and its own output is not read.
-        gather = start + torch.where(column < size, column, torch.zeros_like(column))
-        scatter = (column < size).flatten().nonzero()[:, 0]
-        groups.append((gather.to(device), scatter.to(device)))
-        order.append(gather.flatten()[scatter])
-    tokens = torch.cat(order)
-    in_order = bool((tokens[1:] > tokens[:-1]).all())
+    return attention_layout(spans_of(lengths), device, **cache)
+
+
+def attention_layout(
+    spans: Sequence[Span],
+    device: torch.device,
+    *,
+    slices: ContextSlices | None = None,
+    key_group: Any = None,
+    backend: AttentionBackend = AttentionBackend.sdpa,
+    **cache: Any,
+) -> PackedAttention:
+    """Attention of the tokens that `slices` leaves on this rank (all of them by default).
+
+    With slices, keys and values are gathered over `key_group` before attention.
+    """
+    total = spans[-1].start + spans[-1].length
+    slices = slices or ContextSlices(total, 1, 0)
+    split: dict[str, Any] = {"key_group": key_group if slices.size > 1 else None, **cache}
+    if backend is AttentionBackend.flex:
+        return PackedAttention(block_mask=_block_mask(spans, slices, device), **split)
+    groups, order = _groups(_runs(spans, slices), slices.place_in_gathered(), device)
+    in_order = bool((order[1:] > order[:-1]).all())
     return PackedAttention(
-        groups=groups,
-        tokens_of_groups=None if in_order else tokens.to(device),
-        **cache,
+        groups=groups, tokens_of_groups=None if in_order else order.to(device), **split
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Queries [start, start + length) of this rank's tokens; they see all of `context` and the
+    tokens from `own` on, the first query the first of these alone."""
+
+    start: int
+    length: int
+    own: int
+    own_length: int
+    context: int
+    context_length: int
+
+    @property
+    def num_keys(self) -> int:
+        return self.context_length + self.own_length
+
+    @property
+    def is_plain(self) -> bool:
+        """Causal over its own queries' tokens."""
+        return self.num_keys == self.length
+
+
+def _runs(spans: Sequence[Span], slices: ContextSlices) -> list[_Run]:
+    runs, local = [], 0
+    for low, high in slices.own():
+        for span in spans:
+            first, last = max(span.start, low), min(span.start + span.length, high)
+            if first >= last:
+                continue
+            runs.append(
+                _Run(
+                    start=local + first - low,
+                    length=last - first,
+                    own=span.start,
+                    own_length=last - span.start,
+                    context=span.context,
+                    context_length=span.context_length,
+                )
+            )
+        local += high - low
+    return runs
+
+
+def _groups(
+    runs: Sequence[_Run], place: Tensor, device: torch.device
+) -> tuple[list[AttentionGroup], Tensor]:
+    """The groups, and each token's packed position in their order. place: int64 [T] where the key
+    of each packed token lies among the gathered keys."""
+    groups, order = [], []
+    for numbers in _groups_of_like_size(runs):
+        members = [runs[n] for n in numbers]
+        start = torch.tensor([m.start for m in members])[:, None]
+        size = torch.tensor([m.length for m in members])[:, None]
+        column = torch.arange(max(m.length for m in members))[None]
+        # A padding cell reads the run's first token, and what it computes is not read.
+        queries = start + torch.where(column < size, column, torch.zeros_like(column))
+        cells = (column < size).flatten().nonzero()[:, 0]
+        order.append(queries.flatten()[cells])
+        keys, mask = _keys_of(members, column, place)
+        groups.append(
+            AttentionGroup(
+                queries.to(device),
+                keys.to(device),
+                cells.to(device),
+                None if mask is None else mask.to(device),
+            )
+        )
+    return groups, torch.cat(order)
+
+
+def _keys_of(members: Sequence[_Run], query: Tensor, place: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keys [S, Lk] of some runs, context first, and the mask where causality alone won't do. Keys
+    that pad a run come after all a query may see."""
+    context = torch.tensor([m.context_length for m in members])[:, None]
+    own = torch.tensor([m.own_length for m in members])[:, None]
+    column = torch.arange(max(m.num_keys for m in members))[None]
+    in_context = torch.tensor([m.context for m in members])[:, None] + column
+    in_own = torch.tensor([m.own for m in members])[:, None] + column - context
+    token = torch.where(column < context, in_context, in_own)
+    first = torch.tensor([m.own for m in members])[:, None]
+    keys = place[torch.where(column < context + own, token, first)]
+    if all(m.is_plain for m in members):
+        return keys, None
+    before = context + own - torch.tensor([m.length for m in members])[:, None]
+    return keys, (column[:, None] <= (before + query)[:, :, None])[:, None]
+
+
+def _groups_of_like_size(runs: Sequence[_Run]) -> list[list[int]]:
+    """Run numbers in groups whose padding stays small; one group where that is cheap."""
+    groups: list[list[int]] = []
+    for plain in (True, False):
+        members = [n for n, run in enumerate(runs) if run.is_plain is plain]
+        if plain and members:
+            lengths = tuple(runs[n].length for n in members)
+            groups += [[members[i] for i in group] for group in _groups_of_like_length(lengths)]
+        elif members:
+            groups += _groups_of_like_area(runs, members)
+    return groups
+
+
+def _groups_of_like_area(runs: Sequence[_Run], members: Sequence[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    used = rows = columns = 0
+    for n in sorted(members, key=lambda n: (-runs[n].num_keys, -runs[n].length)):
+        area = runs[n].length * runs[n].num_keys
+        height, width = max(rows, runs[n].length), max(columns, runs[n].num_keys)
+        cells = height * width * (len(groups[-1]) + 1) if groups else 0
+        if not groups or cells > _MAX_PADDED_SHARE * (used + area):
+            groups.append([])
+            used, height, width = 0, runs[n].length, runs[n].num_keys
+        groups[-1].append(n)
+        used, rows, columns = used + area, height, width
+    return groups
 
 
 def _groups_of_like_length(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -114,6 +260,30 @@ def _groups_of_like_length(lengths: tuple[int, ...]) -> list[list[int]]:
         groups[-1].append(member)
         used += lengths[member]
     return groups
+
+
+def _block_mask(spans: Sequence[Span], slices: ContextSlices, device: torch.device) -> BlockMask:
+    """The same rule for FlexAttention, which computes only the blocks where it allows a pair."""
+    columns = [(s.start, s.context, s.context + s.context_length) for s in spans]
+    sizes = torch.tensor([s.length for s in spans])
+    first, low, high = torch.tensor(columns).repeat_interleave(sizes, 0).to(device).unbind(1)
+    query_token = slices.own_tokens().to(device)
+    key_token = slices.gathered_tokens().to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        q, k = query_token[query], key_token[key]
+        own = (k >= first[q]) & (k <= q)
+        return own | ((k >= low[q]) & (k < high[q]))
+
+    return create_block_mask(
+        sees, None, None, query_token.numel(), key_token.numel(), device=str(device)
+    )
+
+
+@functools.cache
+def _flex(cuda: bool) -> Any:
+    # On a CPU it runs uncompiled, as a check of the mask: the compiler has no backward pass there.
+    return torch.compile(flex_attention, dynamic=True) if cuda else flex_attention
 
 
 class PackedCoreAttention(torch.nn.Module):
@@ -148,6 +318,8 @@ class PackedCoreAttention(torch.nn.Module):
         assert isinstance(packed_seq_params, PackedAttention), "tokens must come packed"
         layout = packed_seq_params
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if layout.key_group is not None:
+            k, v = _gather_keys(k, v, layout.key_group)
         if layout.cache is not None:
             assert layout.cache_rows is not None and layout.cache_positions is not None
             keys, values = layout.cache.write(
@@ -159,15 +331,30 @@ class PackedCoreAttention(torch.nn.Module):
         return self._packed(q, k, v, layout).reshape(query.shape[0], 1, -1)
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedAttention) -> Tensor:
+        if layout.block_mask is not None:
+            return self._flex(q, k, v, layout.block_mask)
         parts = []
-        for gather, scatter in layout.groups:
-            padded = (x[gather].transpose(1, 2) for x in (q, k, v))
-            out = self._attend(*padded, causal=True, mask=None)
-            parts.append(out.transpose(1, 2).flatten(0, 1)[scatter])
+        for group in layout.groups:
+            queries = q[group.queries].transpose(1, 2)
+            keys, values = (x[group.keys].transpose(1, 2) for x in (k, v))
+            out = self._attend(queries, keys, values, causal=group.mask is None, mask=group.mask)
+            parts.append(out.transpose(1, 2).flatten(0, 1)[group.cells])
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         if layout.tokens_of_groups is None:
             return joined
         return torch.zeros_like(joined).index_copy(0, layout.tokens_of_groups, joined)
+
+    def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = _flex(q.is_cuda)(
+            queries,
+            keys,
+            values,
+            block_mask=mask,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out[0].transpose(0, 1)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, layout: PackedAttention) -> Tensor:
         length = layout.decode_length
@@ -191,3 +378,10 @@ class PackedCoreAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+
+
+def _gather_keys(key: Tensor, value: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of every rank of `group`, in rank order; gradients are summed back."""
+    both = torch.stack([key, value], dim=1)
+    both = gather_from_sequence_parallel_region(both, group=group)
+    return both[:, 0], both[:, 1]

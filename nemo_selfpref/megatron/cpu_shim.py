@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
+import megatron.core.transformer.moe.moe_utils as moe_utils
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -65,7 +66,30 @@ def _current_device() -> torch.device:
     return CPU
 
 
-PATCHES: dict[str, tuple[Callable[..., Any], str]] = {
+class _Stream:
+    """The one order in which a CPU does things."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Everything before is done already."""
+
+    def record_event(self) -> Any:
+        return self
+
+    def synchronize(self) -> None:
+        """Likewise."""
+
+
+def _current_stream(*_args: Any) -> _Stream:
+    return _Stream()
+
+
+def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+_EXPERTS = "transformer/moe/token_dispatcher.py"
+
+PATCHES: dict[str, tuple[Any, str]] = {
     "torch.cuda.current_device": (
         _current_device,
         "tensor_parallel/layers.py, p2p_communication.py",
@@ -81,6 +105,12 @@ PATCHES: dict[str, tuple[Callable[..., Any], str]] = {
         _set_rng_state,
         "tensor_parallel/random.py: CudaRNGStatesTracker",
     ),
+    "torch.cuda.Stream": (_Stream, _EXPERTS),
+    "torch.cuda.current_stream": (_current_stream, _EXPERTS),
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": (
+        _on_cpu,
+        _EXPERTS + ": split sizes as numpy arrays, which it makes of CUDA tensors only",
+    ),
 }
 
 _installed = False
@@ -89,6 +119,9 @@ _installed = False
 def install() -> None:
     """Apply PATCHES once; does nothing where CUDA is available."""
     global _installed
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Its router reads the name, which it only imports where Transformer Engine is installed.
+        moe_utils.te_general_gemm = None
     if _installed or torch.cuda.is_available():
         return
     for path, (replacement, _) in PATCHES.items():

@@ -40,6 +40,7 @@ class KVDecoder:
 
     def begin(self, prompts: Sequence[TokenIds], max_new_tokens: int) -> Tensor | None:
         """Read the prompts; logits float32 [B, vocabulary] of each one's next token."""
+        self.policy.module.eval()
         device = self.policy.platform.device()
         lengths = [len(p) for p in prompts]
         self._cache = KVCache(len(prompts), max(lengths) + max_new_tokens)
@@ -88,28 +89,33 @@ class KVDecoder:
         return tokens
 
     def _through_stages(self, tokens: Tensor, positions: Tensor, layout: PackedAttention) -> Tensor:
-        module, here = self.policy.module, self.policy.layout
-        if not here.is_first_stage:
-            config = module.config
-            hidden = torch.empty(
-                tokens.numel(),
-                1,
-                config.hidden_size,
-                dtype=config.params_dtype,
-                device=tokens.device,
-            )
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-            module.set_input_tensor(hidden)  # type: ignore[arg-type]
-        with device_scope(), _whole_sequences(module):
-            hidden = module.run(tokens, positions, layout)
-        if not here.is_last_stage:
-            dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        """States after the last part of the network on this rank. A virtual pipeline is gone
+        through once for each of its parts, the last stage handing over to the first."""
+        here = self.policy.layout
+        hidden = None
+        for number, part in enumerate(self.policy.parts):
+            if number or not here.is_first_stage:
+                hidden = self._receive(tokens.numel(), tokens.device)
+                part.set_input_tensor(hidden)  # type: ignore[arg-type]
+            with device_scope(), _whole_sequences(part):
+                hidden = part.run(tokens, positions, layout)
+            if part is not self.policy.head or not here.is_last_stage:
+                dist.send(
+                    hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank()
+                )
+        assert hidden is not None
+        return hidden
+
+    def _receive(self, count: int, device: torch.device) -> Tensor:
+        config = self.policy.module.config
+        hidden = torch.empty(count, 1, config.hidden_size, dtype=config.params_dtype, device=device)
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         return hidden
 
     def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
         if not self.policy.layout.is_last_stage:
             return None
-        weight = self.policy.module.output_weight()
+        weight = self.policy.head.output_weight()
         local = float32_matmul(hidden[rows, 0], weight.t())
         if self.policy.layout.tensor_size == 1:
             return local

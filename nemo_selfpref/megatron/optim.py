@@ -37,9 +37,10 @@ class PolicyOptimizer(torch.optim.Optimizer):
             clip_grad=clip_grad,
             bf16=policy.precision is Precision.bf16,
             params_dtype=dtype,
+            use_distributed_optimizer=policy.config.use_distributed_optimizer,
         )
         with device_scope():
-            self.inner = get_megatron_optimizer(settings, [policy.ddp])
+            self.inner = get_megatron_optimizer(settings, list(policy.ddp))
         if config.name is OptimizerName.rmsprop:
             _exchange_for_rmsprop(cast(ChainedOptimizer, self.inner), config)
         # Megatron marks norms with wd_mult 0, which only its own scheduler would apply.
@@ -81,8 +82,16 @@ class PolicyOptimizer(torch.optim.Optimizer):
         """Nothing to do: see load_sharded."""
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        # The one of Megatron's formats that describes whole weights' state, so that another layout
+        # can read it; the first replica gathers it.
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
         with device_scope():
-            return self.inner.sharded_state_dict(self.policy.sharded_state_dict(), is_loading)
+            return self.inner.sharded_state_dict(
+                self.policy.sharded_state_dict(), is_loading, metadata=metadata
+            )
 
     def load_sharded(self, state: dict[str, Any]) -> None:
         with device_scope():

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.config.schema import ModelConfig, RunConfig
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.platform import Platform
@@ -29,7 +29,12 @@ class Layout:
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
+    """Which of the replicas, each of which computes micro-batches of its own."""
     data_size: int
+    context_rank: int = 0
+    context_size: int = 1
+    expert_size: int = 1
+    virtual_size: int = 1
 
     @property
     def is_first_stage(self) -> bool:
@@ -43,8 +48,32 @@ class Layout:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def decoder(self) -> tuple[int, int]:
+        """(number, count) of those that decode separately. Every rank holds whole sequences then,
+        so the context ranks share the work as replicas do; ranks that split experts must move in
+        step and decode the same."""
+        rank = self.data_rank * self.context_size + self.context_rank
+        together = max(self.expert_size // self.tensor_size, 1)
+        return rank // together, self.data_size * self.context_size // together
+
+    @property
+    def scorer(self) -> tuple[int, int]:
+        """(number, count) of the groups of replicas that score separately."""
+        together = max(self.expert_size // (self.tensor_size * self.context_size), 1)
+        return self.data_rank // together, self.data_size // together
+
     def describe(self) -> str:
-        return f"TP={self.tensor_size} PP={self.pipeline_size} DP={self.data_size}"
+        sizes = {
+            "TP": self.tensor_size,
+            "PP": self.pipeline_size,
+            "VPP": self.virtual_size,
+            "CP": self.context_size,
+            "EP": self.expert_size,
+            "DP": self.data_size,
+        }
+        always = ("TP", "PP", "DP")
+        return " ".join(f"{k}={v}" for k, v in sizes.items() if v > 1 or k in always)
 
 
 def initialize(cfg: RunConfig, platform: Platform) -> Layout:
@@ -56,18 +85,30 @@ def initialize(cfg: RunConfig, platform: Platform) -> Layout:
     if platform.cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        _join(platform)
+        join(platform)
     _check_world(cfg, dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+            cfg.model.tensor_model_parallel_size,
+            cfg.model.pipeline_model_parallel_size,
+            cfg.model.virtual_pipeline_model_parallel_size,
+            context_parallel_size=cfg.model.context_parallel_size,
+            expert_model_parallel_size=cfg.model.expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_size(cfg.model),
         )
         with device_scope():
             tensor_parallel.model_parallel_cuda_manual_seed(cfg.seed)
     return current_layout()
 
 
-def _join(platform: Platform) -> None:
+def expert_tensor_size(model: ModelConfig) -> int:
+    """Ranks that split one expert's weights: the tensor-parallel ones, unless these hold different
+    experts. Megatron sums the gradients of whole experts over them in that case alone."""
+    return 1 if model.expert_model_parallel_size > 1 else model.tensor_model_parallel_size
+
+
+def join(platform: Platform) -> None:
+    """Join the process group that the launcher's environment describes."""
     timeout = timedelta(minutes=30)
     if "RANK" in os.environ:
         dist.init_process_group(platform.backend, timeout=timeout)
@@ -95,13 +136,22 @@ def current_layout() -> Layout:
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        virtual_size=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
+
+
+def leave_layout() -> None:
+    """Give up Megatron's groups, so that `initialize` can make others; safe to call twice."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
 
 
 def shutdown() -> None:
     """Leave the process group; safe to call twice."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -140,8 +190,18 @@ def pipeline_group() -> dist.ProcessGroup:
 
 
 def replica_group() -> dist.ProcessGroup:
-    """The ranks that hold the same weights, one in each model replica."""
+    """The ranks in this one's place in each model replica."""
     return _own(parallel_state.get_data_parallel_group())
+
+
+def context_group() -> dist.ProcessGroup:
+    """The ranks that split the tokens of this rank's micro-batches."""
+    return _own(parallel_state.get_context_parallel_group())
+
+
+def decoder_group() -> dist.ProcessGroup:
+    """The replicas' and context ranks in this one's place in the network."""
+    return _own(parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def _own(group: Any) -> dist.ProcessGroup:

@@ -18,16 +18,25 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from nemo_selfpref.config.schema import ArchitectureConfig, ModelConfig, Precision
+from nemo_selfpref.config.schema import (
+    ArchitectureConfig,
+    AttentionBackend,
+    ModelConfig,
+    Precision,
+)
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate
-from nemo_selfpref.megatron.attention import packed_attention
+from nemo_selfpref.data.packing import PackingRule
+from nemo_selfpref.data.spans import ContextSlices
+from nemo_selfpref.megatron.attention import attention_layout
 from nemo_selfpref.megatron.cpu_shim import device_scope
-from nemo_selfpref.megatron.gpt import PackedGPTModel, build_model
+from nemo_selfpref.megatron.gpt import Network, PackedGPTModel, build_model, parts_of
 from nemo_selfpref.megatron.parallel import (
     Layout,
     all_gather_json,
+    context_group,
     pipeline_group,
     replica_group,
     tensor_group,
@@ -36,6 +45,7 @@ from nemo_selfpref.megatron.platform import Platform
 from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.logprobs import sum_by_sequence, token_logprobs
 from nemo_selfpref.objectives.objective import Objective, PairLogps, Pass
+from nemo_selfpref.types import TokenIds
 
 _SCORE_TOKENS = 8192
 """Tokens of one forward-only micro-batch."""
@@ -66,11 +76,40 @@ class Policy:
         self.arch, self.config, self.precision = arch, config, precision
         self.platform, self.layout = platform, layout
         self.weight_version = 0
-        self.module: PackedGPTModel = build_model(arch, config, precision, platform, layout)
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.module: Network = build_model(arch, config, precision, platform, layout)
+        self.parts = parts_of(self.module)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
+        )
         with device_scope():
-            self.ddp = DistributedDataParallel(self.module.config, ddp_config, self.module)
+            self.ddp: list[Any] = [  # its `buffers` is a list, not the method of a module
+                DistributedDataParallel(part.config, ddp_config, part) for part in self.parts
+            ]
         self.module.config.finalize_model_grads_func = partial(finalize_model_grads)
+
+    @property
+    def pad_multiple(self) -> int:
+        """Packed tokens of a micro-batch are padded to a multiple of this: sequence and context
+        parallelism cut them evenly."""
+        tensor = self.layout.tensor_size if self.config.sequence_parallel else 1
+        context = self.layout.context_size
+        return tensor * (2 * context if context > 1 else 1)
+
+    def packing_rule(self, micro_batch_size: int) -> PackingRule:
+        """How rows become this policy's micro-batches."""
+        return PackingRule(
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            share_prompts=self.config.share_prompts,
+            pad_multiple=self.pad_multiple,
+            # An interleaved schedule wants a multiple of the stages.
+            count_multiple=self.layout.pipeline_size if self.layout.virtual_size > 1 else 1,
+        )
+
+    @property
+    def head(self) -> PackedGPTModel:
+        """The part with the output projection; last pipeline stage only."""
+        return self.parts[-1]
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """megatron-core's description of this rank's weights, one key a layer."""
@@ -90,20 +129,36 @@ class Policy:
         self.module.train()
         self._clear_gradients()
         step = partial(self._train_step, objective=objective, inputs=inputs)
-        with device_scope():
-            outputs = get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=iter(batches),
-                model=[self.ddp],
-                num_microbatches=len(batches),
-                seq_length=1,
-                micro_batch_size=1,
-                forward_only=False,
-            )
+        outputs = self._run_schedule(step, batches, list(self.ddp), forward_only=False)
         return self._reduce_metrics(outputs)
 
+    def _run_schedule(
+        self,
+        step: Callable[..., Any],
+        batches: Sequence[PackedBatch],
+        model: list[torch.nn.Module],
+        forward_only: bool,
+    ) -> list[dict[str, Tensor]]:
+        """Megatron's forward-backward schedule over some micro-batches."""
+        length = 1
+        if len(model) > 1:  # the interleaved schedule passes on tensors of one size
+            length = max(batch.tokens.numel() for batch in batches)
+            batches = [batch.padded(length) for batch in batches]
+        iterators = [iter(batches) for _ in model]
+        with device_scope():
+            return get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iterators if len(model) > 1 else iterators[0],
+                model=model,
+                num_microbatches=len(batches),
+                seq_length=length,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
     def _clear_gradients(self) -> None:
-        self.ddp.zero_grad_buffer()
+        for part in self.ddp:
+            part.zero_grad_buffer()
         # The optimizer leaves .grad aliasing the buffer; Megatron's hook would add it to itself.
         for parameter in self.module.parameters():
             parameter.grad = None
@@ -115,15 +170,16 @@ class Policy:
         objective: Objective,
         inputs: StepInputs,
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        batch = next(batches).to(self.platform.device())
-        hidden = self._forward(model, batch)
+        whole = next(batches)
+        batch, hidden = self._forward(model, whole)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             policy = self.pair_logps(hidden, batch)
             passes = {name: logps.of(batch.rows, policy) for name, logps in inputs.passes.items()}
             strength = inputs.strength[list(batch.rows)].to(policy.chosen.device)
             result = objective({Pass.POLICY: policy, **passes}, strength)
-            # Megatron divides the summed gradient by the global sum of weights.
+            # Megatron divides the summed gradient by the weights' sum over replicas and context
+            # ranks, all of which hold the whole loss.
             scale = 1 if batch.counted else 0
             total, weight = result.loss.sum() * scale, result.weight.sum() * scale
             sums = {name: value.sum() * scale for name, value in result.metrics.items()}
@@ -131,47 +187,73 @@ class Policy:
                 "_loss": total.detach().clone(),
                 "_weight": weight,
                 "_rows": torch.tensor(len(batch.rows) * scale),
-                "_tokens": torch.tensor(batch.tokens.numel() * scale),
+                "_tokens": torch.tensor(whole.num_tokens * scale),
             }
-            return total, weight.to(torch.int), sums
+            first = int(self.layout.context_rank == 0)
+            return total, (weight * first).to(torch.int), sums
 
         return hidden, loss
 
-    def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> Tensor:
-        layout = packed_attention(batch.lengths, self.platform.device())
-        return model(batch.tokens[None], batch.positions[None], None, packed_seq_params=layout)
+    def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+        """This rank's part of the batch, on its device, and the states of its tokens."""
+        device, here = self.platform.device(), self.layout
+        slices = ContextSlices(batch.tokens.numel(), here.context_size, here.context_rank)
+        attention = attention_layout(
+            batch.spans,
+            device,
+            slices=slices,
+            key_group=context_group(),
+            backend=self._attention_backend(batch),
+        )
+        mine = batch.part(slices).to(device)
+        hidden = model(mine.tokens[None], mine.positions[None], None, packed_seq_params=attention)
+        return mine, hidden
+
+    def _attention_backend(self, batch: PackedBatch) -> AttentionBackend:
+        chosen = self.config.attention_backend
+        if chosen is not AttentionBackend.auto:
+            return chosen
+        masked = self.layout.context_size > 1 or any(s.context_length for s in batch.spans)
+        flex = self.platform.cuda and masked
+        return AttentionBackend.flex if flex else AttentionBackend.sdpa
 
     def response_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Log-prob of each target of `batch`, float32 [N]; last pipeline stage only."""
-        states = self.module.full_sequence(hidden)
+        states = self.head.full_sequence(hidden)
         return token_logprobs(
             states[batch.predict_from],
-            self.module.output_weight(),
+            self.head.output_weight(),
             batch.targets,
-            vocab_start=self.module.vocab_start,
+            vocab_start=self.head.vocab_start,
             chunk_size=self.config.logprob_chunk_size,
             group=tensor_group(),
+            grad_sink=self.head.output_grad_sink(),
+            backend=self.config.logprob_backend.value,
         )
 
     def pair_logps(self, hidden: Tensor, batch: PackedBatch) -> PairLogps:
-        """Log-prob sums of chosen and rejected answers; last pipeline stage only."""
+        """Log-prob sums of chosen and rejected answers, over all context ranks; last pipeline
+        stage only."""
         logprobs = self.response_logprobs(hidden, batch)
         is_response = batch.target_is_response
-        sequence, count = batch.target_sequence, batch.num_sequences
-        response = sum_by_sequence(
-            torch.where(is_response, logprobs, torch.zeros_like(logprobs)), sequence, count
+        values = torch.stack([torch.where(is_response, logprobs, 0.0), logprobs], dim=1)
+        counts = torch.stack([is_response, torch.ones_like(is_response)], dim=1).long()
+        sums, lengths = (
+            sum_by_sequence(x, batch.target_sequence, batch.num_sequences) for x in (values, counts)
         )
-        response_len = sum_by_sequence(is_response.long(), sequence, count)
-        full = sum_by_sequence(logprobs, sequence, count)
-        full_len = sum_by_sequence(torch.ones_like(sequence), sequence, count)
+        if self.layout.context_size > 1:
+            group = context_group()
+            # Forward sums over the ranks, backward hands each its own part.
+            sums = reduce_from_tensor_model_parallel_region(sums, group=group)
+            torch.distributed.all_reduce(lengths, group=group)
         rows = len(batch.rows)
         return PairLogps(
-            chosen=response[:rows],
-            chosen_len=response_len[:rows],
-            rejected=response[rows:],
-            rejected_len=response_len[rows:],
-            full_chosen=full[:rows],
-            full_chosen_len=full_len[:rows],
+            chosen=sums[:rows, 0],
+            chosen_len=lengths[:rows, 0],
+            rejected=sums[rows:, 0],
+            rejected_len=lengths[rows:, 0],
+            full_chosen=sums[:rows, 1],
+            full_chosen_len=lengths[:rows, 1],
         )
 
     def _reduce_metrics(self, outputs: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -202,14 +284,13 @@ class Policy:
 
         Collective over all ranks, which all get the whole result, in the order given.
         """
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0] + sequences[i][1]))
-        mine = order[self.layout.data_rank :: self.layout.data_size]
+        mine = self._my_share(sequences)
         found: dict[str, list[float]] = {}
         self.module.eval()
         for numbers in _by_tokens(sequences, mine):
             found.update(self._score_batch([sequences[n] for n in numbers], numbers))
             if progress is not None:
-                progress(len(numbers) * self.layout.data_size)
+                progress(len(numbers) * self.layout.scorer[1])
         device = self.platform.device()
         last = all_gather_json(found, pipeline_group(), device)[-1]
         for part in all_gather_json(last, replica_group(), device):
@@ -220,16 +301,36 @@ class Policy:
             lengths=torch.tensor([int(v[1]) for v in values], dtype=torch.int64),
         )
 
+    def _my_share(self, sequences: Sequence[TokenSequence]) -> list[int]:
+        """The sequences this rank scores: longest first, those of one prompt together where it is
+        computed once for all."""
+        number, count = self.layout.scorer
+
+        def size(n: int) -> int:
+            return -len(sequences[n][0] + sequences[n][1])
+
+        if not self.config.share_prompts:
+            return sorted(range(len(sequences)), key=size)[number::count]
+        groups: dict[TokenIds, list[int]] = {}
+        for n, (prompt, _) in enumerate(sequences):
+            groups.setdefault(prompt, []).append(n)
+        dealt = sorted(groups.values(), key=lambda g: (min(map(size, g)), g))[number::count]
+        return [n for group in dealt for n in group]
+
     def _score_batch(
         self, sequences: Sequence[TokenSequence], numbers: Sequence[int]
     ) -> dict[str, list[float]]:
-        pad = self.layout.tensor_size if self.config.sequence_parallel else 1
-        batch = collate(sequences, numbers, paired=False, pad_multiple=pad)
-        batch = batch.to(self.platform.device())
+        whole = collate(
+            sequences,
+            numbers,
+            paired=False,
+            pad_multiple=self.pad_multiple,
+            share_prompts=self.config.share_prompts,
+        )
         found: dict[str, list[float]] = {}
 
         def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> Any:
-            batch = next(batches)
+            batch, hidden = self._forward(model, next(batches))
 
             def keep(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 logps = self.pair_logps(hidden, batch)
@@ -239,18 +340,10 @@ class Policy:
                     found[str(n)] = [value, length]
                 return logps.chosen.sum(), logps.chosen_len.sum().to(torch.int), {}
 
-            return self._forward(model, batch), keep
+            return hidden, keep
 
-        with device_scope():
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=iter([batch]),
-                model=[self.module],
-                num_microbatches=1,
-                seq_length=1,
-                micro_batch_size=1,
-                forward_only=True,
-            )
+        count = self.packing_rule(1).count_multiple
+        self._run_schedule(step, [whole] * count, list(self.parts), forward_only=True)
         return found
 
 

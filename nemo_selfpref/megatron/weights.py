@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from nemo_selfpref.errors import RolloutError
+from nemo_selfpref.megatron.main_parts import MainParts
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.types import WeightSet
 
@@ -26,12 +27,15 @@ _lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
 class WeightSets:
     """The copies a run holds. Every rank calls every method in the same order.
 
-    The EMA is float32, averaged from the optimizer's float32 main weights where there are some;
-    the others have the policy's precision. Each remembers the weight_version it was taken at.
+    The EMA is float32, averaged from the optimizer's float32 main weights where there are some,
+    and split over the replicas where these are; the others have the policy's precision. Each
+    remembers the weight_version it was taken at. With model.copies_on_cpu they lie in the CPU's
+    memory (pinned, where there is a GPU).
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self._main = MainParts(policy)
         self._copies: dict[WeightSet, list[Tensor]] = {}
         self._versions: dict[WeightSet, int] = {}
 
@@ -53,17 +57,23 @@ class WeightSets:
     @torch.no_grad()
     def take(self, name: WeightSet, source: WeightSet) -> None:
         """Make `name` equal to `source` as it is now."""
-        tensors = self._parameters() if source is WeightSet.POLICY else self._copies[source]
         if name not in self._copies:
             self._copies[name] = self._empty(name)
-        _copy(self._copies[name], tensors)
-        self._versions[name] = self.version(source)
+        with self.using(source) as version:
+            tensors = self._parameters()
+            if name is WeightSet.EMA:
+                tensors = self._main.of(tensors)
+            _copy(self._copies[name], tensors)
+        self._versions[name] = version
 
     @torch.no_grad()
     def average(self, alpha: float) -> None:
         """ema <- alpha ema + (1 - alpha) policy (SAPO, eq. 6)."""
-        main = [getattr(p, "main_param", p) for p in self._parameters()]
-        _lerp(self._copies[WeightSet.EMA], [p.detach().float() for p in main], 1 - alpha)
+        ema = self._copies[WeightSet.EMA]
+        main = self._main.current(self._parameters())
+        if self.policy.config.copies_on_cpu:
+            main = [part.to(ema[0].device) for part in main]
+        _lerp(ema, main, 1 - alpha)
         self._versions[WeightSet.EMA] = self.policy.weight_version
 
     @contextlib.contextmanager
@@ -84,7 +94,11 @@ class WeightSets:
         parameters = self._parameters()
         with torch.no_grad():
             kept = [p.detach().clone() for p in parameters]
-            _copy(parameters, self._copies[name])
+            if name is WeightSet.EMA:
+                _copy(self._main.of(parameters), self._copies[name])
+                self._main.share()
+            else:
+                _copy(parameters, self._copies[name])
         try:
             yield self._versions[name]
         finally:
@@ -98,20 +112,23 @@ class WeightSets:
         if name not in self._copies:
             self._copies[name] = self._empty(name)
         loaded = load(self.sharded_state_dict(name))
-        named = self.policy.module.named_parameters()
+        named = [n for n in self.policy.module.named_parameters() if n[1].requires_grad]
+        whole = [loaded[key] for key, _ in named]
         with torch.no_grad():
-            for (key, _), copy in zip(named, self._copies[name], strict=True):
-                copy.copy_(loaded[key])
+            _copy(self._copies[name], self._main.of(whole) if name is WeightSet.EMA else whole)
         self._versions[name] = version
 
     def sharded_state_dict(self, name: WeightSet) -> dict[str, Any]:
         """megatron-core's description of a copy: the policy's, with the copy's tensors in it."""
-        pairs = zip(self._parameters(), self._copies[name], strict=True)
+        parameters, copies = self._parameters(), self._copies[name]
+        if name is WeightSet.EMA:
+            copies = self._main.whole(parameters, copies)
+        pairs = zip(parameters, copies, strict=True)
         copy_of = {p.data_ptr(): copy for p, copy in pairs if p.numel()}
 
         def exchange(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: exchange(item) for key, item in value.items()}
+                return {key: exchange(item) for key, item in value.items() if _is_held(item)}
             if isinstance(value, ShardedTensorFactory | ShardedTensor):
                 assert isinstance(value.data, Tensor)
                 value.data = copy_of[value.data.data_ptr()].view(value.data.shape)
@@ -122,8 +139,23 @@ class WeightSets:
         return exchange(self.policy.sharded_state_dict())
 
     def _parameters(self) -> list[Tensor]:
-        return list(self.policy.module.parameters())
+        """What training changes: with adapters, those alone."""
+        return [p for p in self.policy.module.parameters() if p.requires_grad]
 
     def _empty(self, name: WeightSet) -> list[Tensor]:
-        dtype = torch.float32 if name is WeightSet.EMA else None
-        return [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self._parameters()]
+        tensors, dtype = self._parameters(), None
+        if name is WeightSet.EMA:
+            tensors, dtype = self._main.of(tensors), torch.float32
+        if not self.policy.config.copies_on_cpu:
+            return [torch.empty_like(t, dtype=dtype, requires_grad=False) for t in tensors]
+        pin = self.policy.platform.cuda
+        return [
+            torch.empty(t.shape, dtype=dtype or t.dtype, pin_memory=pin, device="cpu")
+            for t in tensors
+        ]
+
+
+def _is_held(value: Any) -> bool:
+    """Whether this entry of a sharded state dict is in a copy: frozen weights are not."""
+    sharded = isinstance(value, ShardedTensorFactory | ShardedTensor)
+    return not sharded or (isinstance(value.data, Tensor) and value.data.requires_grad)

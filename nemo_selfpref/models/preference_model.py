@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_selfpref.data.batching import PackedBatch, micro_batches
+from nemo_selfpref.data.batching import PackedBatch
+from nemo_selfpref.data.packing import micro_batches
 from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.megatron.optim import PolicyOptimizer, make_scheduler
 from nemo_selfpref.megatron.policy import Policy
@@ -106,8 +107,7 @@ class MegatronGPTPreferenceModel(ModelPT):
             range(len(step.rows)),
             replica=layout.data_rank,
             num_replicas=layout.data_size,
-            micro_batch_size=self.stage.micro_batch_size,
+            rule=self.policy.packing_rule(self.stage.micro_batch_size),
             paired=objective.paired,
             prompt_targets=getattr(objective, "nll_scope", None) is NLLScope.full,
-            pad_multiple=layout.tensor_size if self.policy.config.sequence_parallel else 1,
         )

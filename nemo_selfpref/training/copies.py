@@ -27,6 +27,8 @@ class StageCopies:
         self, weights: WeightSets, reference: Reference, averaging: Averaging | None
     ) -> None:
         self.weights, self.reference, self.averaging = weights, reference, averaging
+        self.moves = 0
+        """How often the reference has changed in this process."""
 
     @property
     def reference_moves(self) -> bool:
@@ -43,6 +45,7 @@ class StageCopies:
             self.weights.take(WeightSet.EMA, WeightSet.POLICY)
         if keep_reference and self.reference_set is WeightSet.LAGGED:
             self.weights.take(WeightSet.LAGGED, WeightSet.POLICY)
+            self.moves += 1
 
     def after_step(self, done: int) -> None:
         if self.averaging is not None and done % self.averaging.every == 0:
@@ -50,6 +53,7 @@ class StageCopies:
         if self.reference_moves and done % self.reference.every == 0:
             ema = self.reference.mode is RefMode.ema
             self.weights.take(WeightSet.LAGGED, WeightSet.EMA if ema else WeightSet.POLICY)
+            self.moves += 1
 
     def end(self) -> None:
         self.weights.drop(WeightSet.EMA)
@@ -73,4 +77,5 @@ class StageCopies:
         for name, version in read_json(folder / _COPIES / "versions.json").items():
             read = partial(load_state, ShardReader(folder / _COPIES / name))
             self.weights.fill(WeightSet(name), read, int(version))
+        self.moves += 1
         barrier()

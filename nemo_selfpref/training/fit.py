@@ -20,7 +20,16 @@ from nemo_selfpref.models.strategy import MegatronStrategy
 from nemo_selfpref.monitor.console import Console
 
 METRICS = "metrics.jsonl"
-_OF_ROLLOUTS = ("judge/", "replay/", "rollout/", "strength", "marginal", "augmented/")
+_OF_STAGE = (
+    "judge/",
+    "replay/",
+    "rollout/",
+    "strength",
+    "marginal",
+    "augmented/",
+    "reference_cache/",
+)
+"""Metrics whose means over the stage are in the closing table."""
 
 
 def fit_stage(
@@ -161,7 +170,7 @@ class _Recorder(pl.Callback):
         path = self.folder / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         steps = [json.loads(line) for line in lines]
-        measured = {n for step in steps for n in step if n.startswith(_OF_ROLLOUTS)}
+        measured = {n for step in steps for n in step if n.startswith(_OF_STAGE)}
         means = {n: fmean(s[n] for s in steps if n in s) for n in sorted(measured)}
         tokens = sum(step["tokens"] for step in steps)
         return {**self.model.last_metrics, "tokens": tokens, "metrics": means}

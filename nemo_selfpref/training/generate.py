@@ -27,7 +27,7 @@ def answer_prompts(
 ) -> list[tuple[Completion, str]]:
     """Each prompt's completion and its text, on one process."""
     policy, start = single_process_policy(model)
-    engine = embedded_engine(policy, start.tokenizer, batch_size=64)
+    engine = embedded_engine(policy, start.tokenizer.stop_ids, batch_size=64)
     requests = [
         GenerationRequest(name, start.tokenizer.encode_prompt(messages), seed_of(seed, name))
         for name, messages in prompts

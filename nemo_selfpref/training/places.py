@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,13 @@ from nemo_selfpref.checkpoint.training_state import fill_policy, weights_of
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.training.session import Start, weights_source
 from nemo_selfpref.types import WeightSet
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Weights that come from a seed and lie nowhere."""
+
+    seed: int
 
 
 class WeightPlaces:
@@ -30,6 +38,20 @@ class WeightPlaces:
     def policy_is_frozen(self) -> bool:
         """Whether no training lies between the frozen weights and the policy's."""
         return self._current == self._frozen
+
+    def standing(self, name: WeightSet) -> Path | Seeded | None:
+        """Where these weights can be read as they are; None where they are in memory alone."""
+        if name not in (WeightSet.POLICY, WeightSet.FROZEN):
+            return None
+        folder, version = self._current if name is WeightSet.POLICY else self._frozen
+        if version < 0:
+            return None
+        return folder or self.beginning
+
+    @property
+    def beginning(self) -> Path | Seeded:
+        """Where the run's first weights come from."""
+        return self.start.folder or Seeded(self.seed)
 
     def arrive(self, folder: Path, version: int, loaded: bool) -> None:
         """The policy is now what `folder` holds; `loaded` if it is in memory already."""

@@ -72,7 +72,9 @@ class Run:
         self.stages = Stages(folder, console, policy.layout.is_main)
         self.weights = WeightSets(policy)
         self.places = WeightPlaces(self.weights, start, self.cfg.seed)
-        engine = embedded_engine(policy, self.tokenizer, self.cfg.rollout.batch_size, self.weights)
+        engine = embedded_engine(
+            policy, self.tokenizer.stop_ids, self.cfg.rollout.batch_size, self.weights
+        )
         self.rollouts = EngineRollouts(
             self.cfg,
             self.tokenizer,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from nemo_selfpref.checkpoint.hf_config import read_architecture
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
+from nemo_selfpref.checkpoint.lora import FreshAdapters, check_same_adapters
 from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import (
     architecture_of,
     fill_policy,
     is_checkpoint,
+    lora_of,
     read_manifest,
-    weights_of,
+    weights_for,
 )
 from nemo_selfpref.config.checks import check_architecture
-from nemo_selfpref.config.schema import ArchitectureConfig, RunConfig
+from nemo_selfpref.config.schema import ArchitectureConfig, LoRAConfig, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron import parallel
@@ -35,13 +37,15 @@ class Start:
     folder: Path | None
     arch: ArchitectureConfig
     tokenizer: ChatTokenizer
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 def find_start(cfg: RunConfig) -> Start:
     """The model's shape and tokenizer.
 
     Raises:
-        ConfigError: nothing to start from, or a shape the parallel layout cannot split.
+        ConfigError: nothing to start from, a shape the parallel layout cannot split, or a
+            checkpoint with other adapters than the run's.
         CheckpointError, DataError: the folder or its tokenizer cannot be used.
     """
     folder = Path(cfg.model.restore_from_path) if cfg.model.restore_from_path else None
@@ -53,7 +57,9 @@ def find_start(cfg: RunConfig) -> Start:
             "they do not belong together"
         )
     check_architecture(cfg, arch)
-    return Start(folder, arch, tokenizer)
+    if folder is not None and is_checkpoint(folder):
+        check_same_adapters(folder, lora_of(folder), cfg.model.lora)
+    return Start(folder, arch, tokenizer, cfg.model.lora)
 
 
 def _architecture(cfg: RunConfig, folder: Path | None) -> ArchitectureConfig:
@@ -82,6 +88,7 @@ def _check_given(arch: ArchitectureConfig) -> None:
             "checkpoint, or model.architecture to train from random weights"
         )
     sizes = {f.name: getattr(arch, f.name) for f in fields(arch) if f.type == "int"}
+    sizes.pop("num_moe_experts")  # 0: a dense model
     wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
     if wrong:
         raise ConfigError(
@@ -97,12 +104,16 @@ def _tokenizer_folder(folder: Path | None) -> str | None:
 
 
 def weights_source(start: Start, seed: int) -> TensorSource:
-    """Where the first weights are read from."""
-    if start.folder is None:
-        return RandomSource(start.arch, seed)
-    if is_checkpoint(start.folder):
-        return weights_of(start.folder)
-    return HuggingFaceSource(start.folder, start.arch)
+    """Where the first weights are read from; adapters that are not there begin at no change."""
+    folder, fresh = start.folder, start.lora.rank > 0
+    if folder is None:
+        source: TensorSource = RandomSource(start.arch, seed)
+    elif is_checkpoint(folder):
+        source = weights_for(folder, start.lora)
+        fresh = fresh and not lora_of(folder).rank
+    else:
+        source = HuggingFaceSource(folder, start.arch)
+    return FreshAdapters(source, start.arch, start.lora, seed) if fresh else source
 
 
 def build_policy(cfg: RunConfig, start: Start) -> tuple[Policy, Layout]:
@@ -118,20 +129,21 @@ def build_policy(cfg: RunConfig, start: Start) -> tuple[Policy, Layout]:
 
 def embedded_engine(
     policy: Policy,
-    tokenizer: ChatTokenizer,
+    stop_ids: frozenset[int],
     batch_size: int,
     weights: WeightSets | None = None,
 ) -> EmbeddedEngine:
     """The engine that decodes on this policy's weights, over all its replicas and stages."""
     device, layout = policy.platform.device(), policy.layout
-    replicas, stages = parallel.replica_group(), parallel.pipeline_group()
+    replicas, stages = parallel.decoder_group(), parallel.pipeline_group()
+    number, count = layout.decoder
     return EmbeddedEngine(
         KVDecoder(policy, weights),
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=stop_ids,
         max_length=policy.arch.max_position_embeddings,
         batch_size=batch_size,
-        replica=layout.data_rank,
-        num_replicas=layout.data_size,
+        replica=number,
+        num_replicas=count,
         gather=lambda value: parallel.all_gather_json(value, replicas, device),
         gather_stages=lambda value: parallel.all_gather_json(value, stages, device),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import PairMaker
 from nemo_selfpref.checkpoint.files import read_json, write_json
-from nemo_selfpref.data.batching import StepPlan
+from nemo_selfpref.data.batching import StepPlan, TokenSequence
 from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.megatron.parallel import barrier
-from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.policy import Policy, SequenceLogps
 from nemo_selfpref.models.stage import Step
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import Objective, Pass
 from nemo_selfpref.training.copies import StageCopies
+from nemo_selfpref.training.reference_cache import ReferenceCache
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.store import read_pairs, write_pairs, write_tensors
 from nemo_selfpref.types import (
@@ -43,8 +44,9 @@ class Passes:
         copies: StageCopies,
         objective: Objective,
         ready: Callable[[WeightSet], None],
+        cache: ReferenceCache | None = None,
     ) -> None:
-        self.policy, self.copies, self._ready = policy, copies, ready
+        self.policy, self.copies, self._ready, self._cache = policy, copies, ready, cache
         self.wanted = objective.passes - {Pass.POLICY}
 
     def weights_of(self, name: Pass) -> WeightSet:
@@ -62,11 +64,28 @@ class Passes:
         assert all(p is not None for p in prompts), "the loss needs augmented prompts"
         answers = [p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]
         both = [(p or (), a) for side in answers for p, a in zip(prompts, side, strict=True)]
-        self._ready(weights)
-        with self.copies.weights.using(weights):
-            found = self.policy.score(both, progress)
+
+        def ask(sequences: Sequence[TokenSequence]) -> SequenceLogps:
+            self._ready(weights)
+            with self.copies.weights.using(weights):
+                return self.policy.score(sequences, progress)
+
+        # The policy itself moves in every step: its name would cost more than it could save.
+        if self._cache is None or name is Pass.REFINED:
+            found = ask(both)
+        else:
+            found = self._cache.score(weights, self.copies, both, ask, progress)
         chosen, rejected = found.sums.float().chunk(2)
         return PassLogps(chosen, rejected)
+
+    def take_metrics(self) -> Mapping[str, float]:
+        """What was measured on the passes since the last time."""
+        return {} if self._cache is None else self._cache.take_metrics()
+
+    def flush(self) -> None:
+        """Have on disk what the cache holds."""
+        if self._cache is not None:
+            self._cache.flush()
 
     def live(
         self, names: frozenset[Pass], pairs: Sequence[PreferencePair]
@@ -101,10 +120,12 @@ class FixedSteps:
 
     def score_once(
         self, path: Path, unmoved: bool, progress: Callable[[int], None] | None = None
-    ) -> None:
+    ) -> Mapping[str, float]:
         """Score, or read back, the passes that stay as they are. Collective, before `begin`.
 
         unmoved: the policy still is the reference, so no copy of it is needed.
+
+        Returns what was measured on the way.
         """
         if not path.exists():
             pairs, tensors = _pairs(self.rows), {}
@@ -113,6 +134,7 @@ class FixedSteps:
                 found = self.passes.score(name, pairs, weights, progress)
                 tensors |= {f"{name}.chosen": found.chosen.clone()}
                 tensors |= {f"{name}.rejected": found.rejected.clone()}
+                self.passes.flush()
             if self.passes.policy.layout.is_main:
                 write_tensors(path, tensors)
             barrier()
@@ -121,6 +143,7 @@ class FixedSteps:
             name: PassLogps(saved[f"{name}.chosen"], saved[f"{name}.rejected"])
             for name in self.scored_once
         }
+        return self.passes.take_metrics()
 
     def begin(self) -> None:
         self.copies.begin(keep_reference=self.copies.reference_moves)
@@ -132,13 +155,14 @@ class FixedSteps:
         passes = {n: PassLogps(v.chosen[at], v.rejected[at]) for n, v in self._once.items()}
         if self.live:
             passes |= self.passes.live(self.live, _pairs(rows))
-        return Step(rows, step_inputs(rows, passes))
+        return Step(rows, step_inputs(rows, passes), self.passes.take_metrics())
 
     def after_step(self, done: int) -> None:
         self.copies.after_step(done)
 
     def save(self, folder: Path) -> None:
         self.copies.save(folder)
+        self.passes.flush()
 
     def load(self, folder: Path) -> None:
         self.copies.load(folder)
@@ -189,7 +213,8 @@ class OnlineSteps:
             write_pairs(self.folder / "pairs" / f"step-{number + 1:06d}.parquet", pairs)
         passes = self.passes.live(self.passes.wanted, pairs)
         tokens = {"rollout/generated_tokens": float(self.generated_tokens - before)}
-        return Step(pairs, step_inputs(pairs, passes), {**tokens, **asked.metrics})
+        measured = {**tokens, **asked.metrics, **self.passes.take_metrics()}
+        return Step(pairs, step_inputs(pairs, passes), measured)
 
     def _count(self, asked: EngineRollouts) -> None:
         self.generated_tokens += asked.generated_tokens
@@ -201,6 +226,7 @@ class OnlineSteps:
 
     def save(self, folder: Path) -> None:
         self.copies.save(folder)
+        self.passes.flush()
         if self.passes.policy.layout.is_main:
             pairs, state = self.maker.kept()
             counts = {"generated_tokens": self.generated_tokens, "maker": dict(state)}

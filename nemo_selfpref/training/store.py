@@ -41,6 +41,8 @@ _FREE_ON_RESUME = (
     "model.sequence_parallel",
     "model.micro_batch_size",
     "model.logprob_chunk_size",
+    "model.reference_cache_dir",
+    "model.reference_cache_max_gb",
     "rollout.batch_size",
 )
 """Settings that change how a run computes but not what; a resumed run may change them."""

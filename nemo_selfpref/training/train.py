@@ -73,9 +73,12 @@ def train(cfg: DictConfig) -> Outcome:
 
     quiet()
     policy, layout = build_policy(typed, start)
+    parameters = list(policy.module.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     console.say(
         f"{typed.algorithm.name} on {policy.platform.device().type}, {layout.describe()}, "
-        f"{sum(p.numel() for p in policy.module.parameters()):,} weights a rank"
+        f"{sum(p.numel() for p in parameters):,} weights a rank"
+        + (f", {trained:,} of them in adapters" if typed.model.lora.rank else "")
     )
     folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
     _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.fit import fit_stage
 from nemo_selfpref.training.places import WeightPlaces
+from nemo_selfpref.training.reference_cache import open_cache
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.stages import Stages
 from nemo_selfpref.training.steps import FixedSteps, OnlineSteps, Passes
@@ -43,6 +44,7 @@ class StageTrainer:
         self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
         self.places, self.rollouts, self.stages = places, rollouts, stages
         self.policy, self.weights = model.policy, places.weights
+        self._cache = open_cache(cfg.model, self.policy, places, stages.console.say)
 
     def train(
         self,
@@ -60,11 +62,13 @@ class StageTrainer:
         plan = self._plan(name, len(rows), settings.global_batch_size, settings)
         copies = StageCopies(self.weights, settings.reference, settings.averaging)
         steps = FixedSteps(rows, plan, copies, self._passes(copies, objective))
+        measured: dict[str, float] = {}
         if steps.scored_once:
-            self._score_once(name, stage, steps, settings.reference.mode)
+            measured |= self._score_once(name, stage, steps, settings.reference.mode)
         facts = self._fit(name, stage, steps, objective, settings)
         copies.end()
-        self.stages.finish(stage, {**facts, "rows": len(rows)})
+        measured |= facts["metrics"]
+        self.stages.finish(stage, {**facts, "metrics": measured, "rows": len(rows)})
 
     def train_online(
         self,
@@ -115,13 +119,17 @@ class StageTrainer:
         )
 
     def _passes(self, copies: StageCopies, objective: Objective) -> Passes:
-        return Passes(self.policy, copies, objective, self.places.ready)
+        return Passes(self.policy, copies, objective, self.places.ready, self._cache)
 
-    def _score_once(self, name: str, stage: Path, steps: FixedSteps, mode: RefMode) -> None:
+    def _score_once(
+        self, name: str, stage: Path, steps: FixedSteps, mode: RefMode
+    ) -> Mapping[str, float]:
+        """Score what does not move; what was measured doing so."""
         unmoved = mode is RefMode.last or self.places.policy_is_frozen
         total = 2 * len(steps.rows) * len(steps.scored_once)
         with self.stages.console.progress(f"{name}: reference", total, "answers") as progress:
-            steps.score_once(stage / "reference.safetensors", unmoved, lambda n: progress(n, 0))
+            path = stage / "reference.safetensors"
+            return steps.score_once(path, unmoved, lambda n: progress(n, 0))
 
     def _fit(
         self,
@@ -143,6 +151,8 @@ class StageTrainer:
         started = time.monotonic()
         self.places.leave()
         last = fit_stage(self.model, fitted, self.cfg, stage, self.stages.console)
+        if self._cache is not None:
+            self._cache.flush()
         save_weights(stage / "weights", self.policy, self.tokenizer)
         self.places.arrive(stage / "weights", self.policy.weight_version, loaded=True)
         return {

@@ -56,6 +56,10 @@ def test_the_defaults_pass() -> None:
         ("model.sequence_parallel", True, "does nothing without tensor parallelism"),
         ("model.micro_batch_size", 0, "model.micro_batch_size=0: expected at least 1"),
         ("model.logprob_chunk_size", 0, "model.logprob_chunk_size=0: expected at least 1"),
+        ("model.reference_cache_dir", " ", "model.reference_cache_dir is empty: give a folder"),
+        ("model.reference_cache_max_gb", -1.0, "cache_max_gb=-1.0: expected 0 (no bound) or more"),
+        ("model.reference_cache_max_gb", float("nan"), "max_gb=nan: expected 0 (no bound) or more"),
+        ("model.reference_cache_max_gb", 5.0, "max_gb=5.0 does nothing without model.reference_c"),
         (
             "model.global_batch_size",
             63,

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,13 +9,17 @@ from nemo_selfpref.data.batching import (
     PackedBatch,
     StepPlan,
     collate,
-    micro_batches,
     sequences_of,
 )
-from nemo_selfpref.types import Demonstration, PreferencePair, TrainingRow
+from nemo_selfpref.data.spans import ContextSlices, Span
+from nemo_selfpref.types import Demonstration, PreferencePair
 
 PAIR = PreferencePair("p", (11, 12), (13, 14, 2), (15, 2))
 DEMO = Demonstration("d", (), (21, 22), (23, 2), "x", "f:1")
+
+
+def lengths_of(batch: PackedBatch) -> list[int]:
+    return [span.length for span in batch.spans]
 
 
 def as_lists(batch: PackedBatch) -> dict[str, list[int]]:
@@ -36,7 +38,7 @@ def test_a_pair_by_hand() -> None:
         "target_sequence": [0, 0, 0, 1, 1],
         "target_is_response": [True] * 5,
     }
-    assert (batch.rows, batch.lengths, batch.num_sequences) == ((7,), (5, 4), 2)
+    assert (batch.rows, lengths_of(batch), batch.num_sequences) == ((7,), [5, 4], 2)
     assert batch.paired and batch.counted
 
 
@@ -55,12 +57,12 @@ def test_padding_is_a_sequence_that_no_target_reads() -> None:
     assert padded.pop("tokens") == [*plain.pop("tokens"), 0, 0, 0]
     assert padded.pop("positions") == [*plain.pop("positions"), 0, 1, 2]
     assert padded == plain
-    assert batch.lengths == (5, 4, 3) and batch.num_sequences == 2
+    assert lengths_of(batch) == [5, 4, 3] and batch.num_sequences == 2
 
 
 def test_nothing_is_padded_where_it_fits() -> None:
     sequences = sequences_of([PAIR], paired=True)
-    assert collate(sequences, [7], paired=True, pad_multiple=3).lengths == (5, 4)
+    assert lengths_of(collate(sequences, [7], paired=True, pad_multiple=3)) == [5, 4]
 
 
 def test_demonstrations_have_one_sequence_each() -> None:
@@ -96,51 +98,51 @@ def test_to_moves_every_tensor() -> None:
     assert moved.rows == (0,)
 
 
-def some_rows(count: int) -> list[TrainingRow]:
-    return [PreferencePair(str(i), (100 + i,), (200 + i, 2), (300 + i, 2)) for i in range(count)]
+def test_a_shared_prompt_is_laid_down_once() -> None:
+    # Prompt 11 12 at 0..1, chosen 13 14 2 at 2..4, rejected 15 2 at 5..6: the first token of each
+    # answer is predicted from the prompt's last place.
+    batch = collate(sequences_of([PAIR], paired=True), [7], paired=True, share_prompts=True)
+    assert as_lists(batch) == {
+        "tokens": [11, 12, 13, 14, 2, 15, 2],
+        "positions": [0, 1, 2, 3, 4, 2, 3],
+        "predict_from": [1, 2, 3, 1, 5],
+        "targets": [13, 14, 2, 15, 2],
+        "target_sequence": [0, 0, 0, 1, 1],
+        "target_is_response": [True] * 5,
+    }
+    assert batch.spans == (Span(0, 2), Span(2, 3, 0, 2), Span(5, 2, 0, 2))
 
 
-def cut(
-    numbers: list[int], replica: int, replicas: int, micro: int, rows: int = 20
-) -> list[PackedBatch]:
-    return micro_batches(
-        some_rows(rows),
-        numbers,
-        replica=replica,
-        num_replicas=replicas,
-        micro_batch_size=micro,
-        paired=True,
+def test_a_shared_prompt_is_a_target_of_each_chosen_sequence() -> None:
+    batch = collate(
+        sequences_of([PAIR], paired=True), [7], paired=True, prompt_targets=True, share_prompts=True
     )
+    assert batch.predict_from.tolist() == [0, 1, 2, 3, 1, 5]
+    assert batch.targets.tolist() == [12, 13, 14, 2, 15, 2]
 
 
-def test_rows_go_round_the_replicas() -> None:
-    numbers = [9, 4, 7, 1, 0]
-    assert [b.rows for b in cut(numbers, 0, 2, 2)] == [(9, 7), (0,)]
-    assert [b.rows for b in cut(numbers, 1, 2, 2)] == [(4, 1)]
+def test_a_prompt_of_one_answer_is_not_cut_off() -> None:
+    sequences = [((5,), (6, 2)), ((7,), (8, 2)), ((5,), (9, 2))]
+    batch = collate(sequences, [0, 1, 2], paired=False, share_prompts=True)
+    assert batch.tokens.tolist() == [5, 6, 2, 7, 8, 2, 9, 2]
+    assert batch.spans == (Span(0, 1), Span(1, 2, 0, 1), Span(3, 3), Span(6, 2, 0, 1))
+    assert batch.predict_from.tolist() == [0, 1, 3, 4, 0, 6]
 
 
-@given(
-    st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True),
-    st.integers(1, 5),
-    st.integers(1, 6),
-)
-def test_replicas_cover_each_row_exactly_once(
-    numbers: list[int], replicas: int, micro: int
-) -> None:
-    batches = [b for replica in range(replicas) for b in cut(numbers, replica, replicas, micro)]
-    counted = Counter(row for b in batches if b.counted for row in b.rows)
-    assert counted == Counter(numbers)
-    assert all(1 <= len(b.rows) <= micro for b in batches)
-
-
-def test_a_replica_without_rows_gets_a_stand_in() -> None:
-    assert [(b.rows, b.counted) for b in cut([8, 3], 1, 3, 4)] == [((3,), True)]
-    assert [(b.rows, b.counted) for b in cut([8, 3], 2, 3, 4)] == [((8,), False)]
-
-
-def test_batches_hold_the_tokens_of_their_rows() -> None:
-    (batch,) = cut([2, 5], 0, 1, 4)
-    assert batch.tokens.tolist() == [102, 202, 2, 105, 205, 2, 102, 302, 2, 105, 305, 2]
+@pytest.mark.parametrize("share", [False, True])
+def test_context_parts_cover_every_target_once(share: bool) -> None:
+    sequences = sequences_of([PAIR], paired=True)
+    batch = collate(sequences, [7], paired=True, pad_multiple=4, share_prompts=share)
+    parts = [batch.part(ContextSlices(batch.tokens.numel(), 2, rank)) for rank in range(2)]
+    seen = []
+    for rank, part in enumerate(parts):
+        own = ContextSlices(batch.tokens.numel(), 2, rank).own_tokens()
+        assert torch.equal(part.tokens, batch.tokens[own])
+        assert torch.equal(part.positions, batch.positions[own])
+        rows = own[part.predict_from].tolist()
+        seen += list(zip(rows, part.targets.tolist(), part.target_sequence.tolist(), strict=True))
+    columns = batch.predict_from, batch.targets, batch.target_sequence
+    assert sorted(seen) == sorted(zip(*(c.tolist() for c in columns), strict=True))
 
 
 def test_steps_of_an_epoch_with_a_small_last_one() -> None:
@@ -153,15 +155,6 @@ def test_steps_of_an_epoch_with_a_small_last_one() -> None:
 @pytest.mark.parametrize(("limit", "steps"), [(-1, 6), (4, 4), (6, 6), (9, 6)])
 def test_max_steps(limit: int, steps: int) -> None:
     assert StepPlan(10, 4, 2, max_steps=limit).num_steps == steps
-
-
-@given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 2**31 - 1))
-def test_an_epoch_holds_every_row_once(rows: int, batch: int, seed: int) -> None:
-    plan = StepPlan(rows, batch, 2, seed=seed)
-    for epoch in range(2):
-        start = epoch * plan.steps_per_epoch
-        steps = [plan.rows_of_step(start + i) for i in range(plan.steps_per_epoch)]
-        assert sorted(row for step in steps for row in step) == list(range(rows))
 
 
 def test_the_order_is_fixed_by_the_seed() -> None:
@@ -180,11 +173,10 @@ def test_epochs_differ() -> None:
     assert len(orders) == 3
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3])
-@pytest.mark.parametrize("micro", [1, 2, 5])
-def test_a_step_has_the_same_rows_under_any_layout(replicas: int, micro: int) -> None:
-    plan = StepPlan(20, 6, 1, seed=3)
-    for step in range(plan.num_steps):
-        numbers = plan.rows_of_step(step)
-        batches = [b for r in range(replicas) for b in cut(numbers, r, replicas, micro)]
-        assert sorted(row for b in batches if b.counted for row in b.rows) == sorted(numbers)
+@given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 2**31 - 1))
+def test_an_epoch_holds_every_row_once(rows: int, batch: int, seed: int) -> None:
+    plan = StepPlan(rows, batch, 2, seed=seed)
+    for epoch in range(2):
+        start = epoch * plan.steps_per_epoch
+        steps = [plan.rows_of_step(start + i) for i in range(plan.steps_per_epoch)]
+        assert sorted(row for step in steps for row in step) == list(range(rows))

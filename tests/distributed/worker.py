@@ -1,7 +1,7 @@
 """Runs under torchrun (or alone): trains and samples under one layout after another and writes what
 came out, for test_layouts.py to compare with a single process.
 
-    worker.py MODEL OUT LAYOUT [LAYOUT ...]     a layout is TP,PP,SP as in 2,1,0
+    worker.py MODEL OUT LAYOUT [LAYOUT ...]     a layout is "tp=2,sp=1", or "one"
 """
 
 from __future__ import annotations
@@ -11,23 +11,29 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from nemo_selfpref.checkpoint.hf_config import read_architecture
+from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
 from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
 from nemo_selfpref.checkpoint.training_state import fill_policy
+from nemo_selfpref.config.checks import check_architecture, check_config
 from nemo_selfpref.config.schema import (
     Accelerator,
     AlgorithmConfig,
+    ArchitectureConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,
+    Recompute,
     RunConfig,
 )
-from nemo_selfpref.data.batching import micro_batches, sequences_of
+from nemo_selfpref.data.batching import sequences_of
+from nemo_selfpref.data.packing import micro_batches
 from nemo_selfpref.megatron import parallel
-from nemo_selfpref.megatron.decode import KVDecoder
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.platform import select_platform
 from nemo_selfpref.megatron.policy import Policy, SequenceLogps
@@ -46,7 +52,7 @@ from nemo_selfpref.objectives.objective import (
     SrIPOObjective,
 )
 from nemo_selfpref.rollout.embedded import EmbeddedEngine
-from nemo_selfpref.training.session import find_start, weights_source
+from nemo_selfpref.training.session import embedded_engine
 from nemo_selfpref.types import (
     GenerationRequest,
     PreferencePair,
@@ -91,21 +97,65 @@ def make_rows() -> list[PreferencePair]:
     ]
 
 
-def config(model: str, tensor: int, pipeline: int, sequence: bool) -> RunConfig:
+EXPERTS = ArchitectureConfig(
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=500,
+    max_position_embeddings=256,
+    init_method_std=0.1,
+    num_moe_experts=4,
+)
+"""A mixture of experts, two of four for each token; started from random weights."""
+
+SETTINGS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "sp": "sequence_parallel",
+    "dist": "use_distributed_optimizer",
+    "share": "share_prompts",
+    "tokens": "micro_batch_tokens",
+    "recompute": "recompute_granularity",
+}
+"""A layout is written "tp=2,sp=1"; "one" changes nothing."""
+
+
+def config(layout: str) -> RunConfig:
+    given = dict(part.split("=") for part in layout.split(",")) if "=" in layout else {}
+    values: dict[str, Any] = {SETTINGS[name]: int(value) for name, value in given.items()}
+    for name in ("sequence_parallel", "use_distributed_optimizer", "share_prompts"):
+        values[name] = bool(values.get(name, False))
+    if "recompute_granularity" in values:
+        values["recompute_granularity"] = Recompute.full
     cfg = RunConfig(
         name="layouts",
-        model=ModelConfig(
-            restore_from_path=model,
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            sequence_parallel=sequence,
-            logprob_chunk_size=17,
-        ),
+        model=ModelConfig(logprob_chunk_size=17, **values),
         data=DataConfig(train_path=[], max_length=64, max_prompt_length=32),
         algorithm=AlgorithmConfig(name="none"),
     )
     cfg.trainer.devices = dist.get_world_size() if dist.is_initialized() else 1
+    cfg.model.global_batch_size = 64 * cfg.trainer.devices
+    check_config(cfg)
     return cfg
+
+
+def make_policy(cfg: RunConfig, model: str) -> Policy:
+    """The model of a Hugging Face folder, or, for "experts", EXPERTS at random."""
+    platform = select_platform(Accelerator.auto)
+    arch = EXPERTS if model == "experts" else read_architecture(Path(model))
+    cfg.export.hf = False
+    check_architecture(cfg, arch)
+    layout = parallel.initialize(cfg, platform)
+    policy = Policy(arch, cfg.model, cfg.trainer.precision, platform, layout)
+    random = model == "experts"
+    fill_policy(policy, RandomSource(arch, 0) if random else HuggingFaceSource(Path(model), arch))
+    return policy
 
 
 @contextlib.contextmanager
@@ -127,14 +177,10 @@ def save_gradients(policy: Policy, folder: Path) -> None:
         save_state(folder, policy.sharded_state_dict(), policy.platform.device())
 
 
-def exercise(cfg: RunConfig, out: Path, first: Path) -> None:
-    platform = select_platform(Accelerator.auto)
-    start = find_start(cfg)
-    layout = parallel.initialize(cfg, platform)
-    policy = Policy(start.arch, cfg.model, cfg.trainer.precision, platform, layout)
-    fill_policy(policy, weights_source(start, 0))
+def exercise(policy: Policy, out: Path, first: Path) -> None:
+    layout = policy.layout
     weights = WeightSets(policy)
-    engine = make_engine(policy, weights)
+    engine = embedded_engine(policy, frozenset({2}), 4, weights)
     rows = make_rows()
     both = sequences_of(rows, paired=True)
     scored = policy.score(both)
@@ -147,6 +193,7 @@ def exercise(cfg: RunConfig, out: Path, first: Path) -> None:
         "labels": [label_scores(engine, name) for name in sets],
         "scores": [scored.sums.tolist(), averaged.sums.tolist()],
         "losses": {},
+        "tokens": {},
         "norms": [],
     }
     for name, objective in OBJECTIVES.items():
@@ -155,19 +202,20 @@ def exercise(cfg: RunConfig, out: Path, first: Path) -> None:
             list(range(ROWS)),
             replica=layout.data_rank,
             num_replicas=layout.data_size,
-            micro_batch_size=MICRO_BATCH,
+            rule=policy.packing_rule(MICRO_BATCH),
             paired=objective.paired,
             prompt_targets=name == "orpo",
-            pad_multiple=layout.tensor_size if cfg.model.sequence_parallel else 1,
         )
         metrics = policy.train_batch(batches, objective, step_inputs(objective, rows, scored))
-        metrics.pop("tokens")  # sequence parallelism pads
+        tokens_computed = metrics.pop("tokens")
         found["losses"][name] = metrics
-        save_gradients(policy, out / f"grad-{name}")
+        found["tokens"][name] = tokens_computed
+        if not policy.config.use_distributed_optimizer:  # a rank then has only its share of them
+            save_gradients(policy, out / f"grad-{name}")
     optimizer = PolicyOptimizer(policy, OptimConfig(lr=1e-3), clip_grad=0.5)
     optimizer.step()
     found["norms"].append(optimizer.grad_norm)
-    save_state(out / "stepped", policy.sharded_state_dict(), platform.device())
+    save_state(out / "stepped", policy.sharded_state_dict(), policy.platform.device())
     if layout.is_main:
         (out / "found.json").write_text(json.dumps(found))
 
@@ -200,24 +248,6 @@ def average(weights: WeightSets, folder: Path, read_from: Path) -> None:
     save_state(folder / "ema-read", weights.sharded_state_dict(WeightSet.EMA), device)
 
 
-def make_engine(policy: Policy, weights: WeightSets) -> EmbeddedEngine:
-    from megatron.core import parallel_state as ps
-
-    layout, device = policy.layout, policy.platform.device()
-    return EmbeddedEngine(
-        KVDecoder(policy, weights),
-        stop_ids=frozenset({2}),
-        max_length=64,
-        batch_size=4,
-        replica=layout.data_rank,
-        num_replicas=layout.data_size,
-        gather=lambda v: parallel.all_gather_json(v, ps.get_data_parallel_group(), device),
-        gather_stages=lambda v: parallel.all_gather_json(
-            v, ps.get_pipeline_model_parallel_group(), device
-        ),
-    )
-
-
 def make_prompts() -> list[TokenIds]:
     g = torch.Generator().manual_seed(1)
     return [tokens(4 + i % 5, g) for i in range(11)]
@@ -237,18 +267,13 @@ def label_scores(engine: EmbeddedEngine, weights: WeightSet) -> list[list[float]
 
 def main() -> None:
     model, out, *layouts = sys.argv[1:]
+    platform = select_platform(Accelerator.auto)
+    parallel.join(platform)
     for text in layouts:
-        tensor, pipeline, sequence = (int(n) for n in text.split(","))
         folder = Path(out) / text
         folder.mkdir(parents=True, exist_ok=True)
-        select_platform(Accelerator.auto)
-        if not dist.is_initialized():
-            parallel._join(select_platform(Accelerator.auto))
-        cfg = config(model, tensor, pipeline, bool(sequence))
-        exercise(cfg, folder, Path(out) / layouts[0])
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        exercise(make_policy(config(text), model), folder, Path(out) / layouts[0])
+        parallel.leave_layout()
     parallel.shutdown()
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +39,34 @@ from nemo_selfpref.objectives.objective import SFTObjective
 ARCH = ArchitectureConfig(2, 16, 32, 2, 1, 8, 64)
 
 
-def build_step_and_clip(stages: int = 1) -> float:
+def build_step_and_clip(
+    stages: int = 1, arch: ArchitectureConfig = ARCH, experts: int = 1
+) -> float:
     """Build a model, train one step with clipping; the gradient norm."""
     cfg = RunConfig(
         name="shim",
-        trainer=TrainerConfig(devices=stages),
-        model=ModelConfig(architecture=ARCH, pipeline_model_parallel_size=stages),
+        trainer=TrainerConfig(devices=stages * experts),
+        model=ModelConfig(
+            architecture=arch,
+            pipeline_model_parallel_size=stages,
+            expert_model_parallel_size=experts,
+        ),
     )
     platform = select_platform(Accelerator.auto)
     model = Policy(
-        ARCH, cfg.model, cfg.trainer.precision, platform, parallel.initialize(cfg, platform)
+        arch, cfg.model, cfg.trainer.precision, platform, parallel.initialize(cfg, platform)
     )
-    fill_policy(model, RandomSource(ARCH, 1))
+    fill_policy(model, RandomSource(arch, 1))
     optimizer = PolicyOptimizer(model, OptimConfig(lr=1e-3), 0.1)
     batch = collate([((5, 6, 7), (8, 9, 2))], [0], paired=False)
     model.train_batch([batch], SFTObjective(), StepInputs(torch.ones(1)))
     optimizer.step()
     return optimizer.grad_norm
+
+
+def train_experts() -> float:
+    arch = replace(ARCH, num_moe_experts=4)
+    return build_step_and_clip(arch=arch, experts=2)
 
 
 def random_streams() -> list[float]:
@@ -118,6 +130,7 @@ WORK: dict[str, tuple[Callable[[], Any], int]] = {
     "step": (build_step_and_clip, 1),
     "streams": (random_streams, 1),
     "stages": (lambda: build_step_and_clip(2), 2),
+    "experts": (train_experts, 2),
 }
 """What is run, and on how many processes."""
 
@@ -129,6 +142,9 @@ NEEDED_FOR = {
     _RANDOM + "_get_cuda_rng_state": "streams",
     _RANDOM + "_set_cuda_rng_state": "streams",
     "torch.cuda.synchronize": "stages",
+    "torch.cuda.Stream": "experts",
+    "torch.cuda.current_stream": "experts",
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": "experts",
 }
 
 

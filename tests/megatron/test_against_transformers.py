@@ -10,7 +10,7 @@ from tiny import MakePolicy
 from torch.nn.functional import logsigmoid
 
 from nemo_selfpref.checkpoint.hf_weights import to_huggingface
-from nemo_selfpref.data.batching import micro_batches
+from nemo_selfpref.data.packing import PackingRule, micro_batches
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import DPOObjective, Pass
 from nemo_selfpref.types import PreferencePair
@@ -57,7 +57,7 @@ def test_dpo_loss_and_gradients(
 
     policy = make_policy(path)
     batches = micro_batches(
-        pairs, list(range(5)), replica=0, num_replicas=1, micro_batch_size=2, paired=True
+        pairs, list(range(5)), replica=0, num_replicas=1, rule=PackingRule(2), paired=True
     )
     inputs = StepInputs(torch.ones(5), {Pass.REFERENCE: reference})
     metrics = policy.train_batch(batches, DPOObjective(BETA), inputs)

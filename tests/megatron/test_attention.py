@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemo_selfpref.config.schema import AttentionBackend
+from nemo_selfpref.data.spans import ContextSlices, Span
 from nemo_selfpref.megatron.attention import (
-    KVCache,
     PackedCoreAttention,
     _groups_of_like_length,
+    attention_layout,
     packed_attention,
 )
 
@@ -113,47 +116,83 @@ def test_groups_hold_every_sequence_once_and_little_padding(lengths: tuple[int, 
 
 def test_layout_of_two_groups() -> None:
     layout = packed_attention((2, 5), CPU)
-    gathers = [gather.tolist() for gather, _ in layout.groups]
-    assert gathers == [[[2, 3, 4, 5, 6]], [[0, 1]]]
-    assert [scatter.tolist() for _, scatter in layout.groups] == [[0, 1, 2, 3, 4], [0, 1]]
+    assert [g.queries.tolist() for g in layout.groups] == [[[2, 3, 4, 5, 6]], [[0, 1]]]
+    assert [g.cells.tolist() for g in layout.groups] == [[0, 1, 2, 3, 4], [0, 1]]
+    assert all(g.mask is None for g in layout.groups)
     assert layout.tokens_of_groups is not None
     assert layout.tokens_of_groups.tolist() == [2, 3, 4, 5, 6, 0, 1]
 
 
 def test_layout_of_one_padded_group() -> None:
     layout = packed_attention((3, 4), CPU)
-    ((gather, scatter),) = layout.groups
-    assert gather.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
-    assert scatter.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    (group,) = layout.groups
+    assert group.queries.tolist() == group.keys.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
+    assert group.cells.tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert layout.tokens_of_groups is None
     assert layout.qkv_format == "sbhd"
 
 
-def test_cache_writes_by_row_and_position() -> None:
-    cache = KVCache(batch_size=2, max_length=3)
-    key = torch.tensor([[[1.0]], [[2.0]]])
-    keys, values = cache.write(7, torch.tensor([0, 1]), torch.tensor([2, 0]), key, -key)
-    assert keys[..., 0, 0].tolist() == [[0, 0, 1], [2, 0, 0]]
-    assert values[..., 0, 0].tolist() == [[0, 0, -1], [-2, 0, 0]]
-    keys, _ = cache.write(7, torch.tensor([1]), torch.tensor([1]), key[:1] * 5, key[:1])
-    assert keys[..., 0, 0].tolist() == [[0, 0, 1], [2, 5, 0]]
-    assert list(cache.keys) == [7]
+SHARED = (
+    Span(0, 4),
+    Span(4, 3, 0, 4),
+    Span(7, 1, 0, 4),
+    Span(8, 5),
+    Span(13, 2, 8, 5),
+    Span(15, 1),
+)
+"""Two prompts of 4 and 5 tokens with answers of 3 and 1, and of 2; one token of padding."""
 
 
-def test_cache_keeps_the_rows_asked_for_in_every_layer() -> None:
-    cache = KVCache(batch_size=3, max_length=1)
-    rows, positions = torch.arange(3), torch.zeros(3, dtype=torch.int64)
-    for layer in (1, 2):
-        values = torch.tensor([[[1.0]], [[2.0]], [[3.0]]]) * layer
-        cache.write(layer, rows, positions, values, values * 10)
-    cache.keep(torch.tensor([2, 0]))
-    assert cache.batch_size == 2
-    assert {n: k.flatten().tolist() for n, k in cache.keys.items()} == {1: [3, 1], 2: [6, 2]}
-    assert {n: v.flatten().tolist() for n, v in cache.values.items()} == {1: [30, 10], 2: [60, 20]}
+def sees(spans: Sequence[Span]) -> Tensor:
+    """bool [T, T]: whether a token sees another, rule by rule."""
+    total = sum(span.length for span in spans)
+    seen = torch.zeros(total, total, dtype=torch.bool)
+    for span in spans:
+        for token in range(span.start, span.start + span.length):
+            seen[token, span.start : token + 1] = True
+            seen[token, span.context : span.context + span.context_length] = True
+    return seen
 
 
-def test_tokens_must_come_packed() -> None:
-    q, k, v = tensors(2)
+def attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.sdpa, AttentionBackend.flex])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_spans_and_slices(backend: AttentionBackend, size: int) -> None:
+    """Shared prompts, cut over context ranks or not, by both backends: outputs and gradients."""
+    qkv = tensors(16)
+    want = attend_seen(*qkv, sees(SHARED))
     module = PackedCoreAttention(SimpleNamespace(), 1, None, "self")
-    with pytest.raises(AssertionError, match="packed"):
-        module(q[:, None], k[:, None], v[:, None], None)
+    parts = []
+    for rank in range(size):
+        slices = ContextSlices(16, size, rank)
+        layout = attention_layout(SHARED, CPU, slices=slices, backend=backend)
+        own, gathered = slices.own_tokens(), slices.gathered_tokens()
+        q, k, v = qkv[0][own], qkv[1][gathered], qkv[2][gathered]
+        if backend is AttentionBackend.flex:
+            q, k, v = q.detach(), k.detach(), v.detach()
+        parts.append(module._packed(q, k, v, layout).flatten(1))
+    order = torch.cat([ContextSlices(16, size, rank).own_tokens() for rank in range(size)])
+    got = torch.zeros_like(want).index_copy(0, order, torch.cat(parts))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    if backend is AttentionBackend.flex:
+        return  # torch has no backward pass of it on a CPU
+    upstream = torch.randn(want.shape, dtype=torch.float64)
+    pairs = (torch.autograd.grad(out, qkv, upstream, retain_graph=True) for out in (got, want))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_context_slices_by_hand() -> None:
+    assert ContextSlices(8, 2, 0).own() == [(0, 2), (6, 8)]
+    assert ContextSlices(8, 2, 1).own_tokens().tolist() == [2, 3, 4, 5]
+    assert ContextSlices(8, 2, 1).gathered_tokens().tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert ContextSlices(8, 2, 0).place_in_gathered().tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
+    assert ContextSlices(8, 2, 1).place_here().tolist() == [-1, -1, 0, 1, 2, 3, -1, -1]
+    assert ContextSlices(5, 1, 0).own() == [(0, 5)]

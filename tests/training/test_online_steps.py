@@ -87,7 +87,9 @@ class Stage:
         self.policy, self.maker, self.folder = policy, maker, folder / "07-policy"
         self.weights = WeightSets(policy)
         self.asked: list[WeightSet] = []
-        engine = embedded_engine(policy, tokenizer, CONFIG.rollout.batch_size, self.weights)
+        engine = embedded_engine(
+            policy, tokenizer.stop_ids, CONFIG.rollout.batch_size, self.weights
+        )
         rollouts = EngineRollouts(CONFIG, tokenizer, engine, self.asked.append, max_length=64)
         copies = StageCopies(self.weights, Reference(mode, every=2), Averaging(0.5, every=1))
         passes = Passes(policy, copies, objective, self.asked.append)

@@ -27,7 +27,7 @@ class Asked:
         cfg = RunConfig(name="test", seed=seed, rollout=rollout)
         self.policy, self.tokenizer, self.weights = policy, tokenizer, WeightSets(policy)
         self.asked: list[WeightSet] = []
-        engine = embedded_engine(policy, tokenizer, rollout.batch_size, self.weights)
+        engine = embedded_engine(policy, tokenizer.stop_ids, rollout.batch_size, self.weights)
         self.rollouts = EngineRollouts(cfg, tokenizer, engine, self.ready, max_length=20)
 
     def ready(self, name: WeightSet) -> None:

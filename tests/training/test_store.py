@@ -94,6 +94,8 @@ def test_another_algorithm_is_refused(folder: Path) -> None:
         "model.sequence_parallel=true",
         "model.micro_batch_size=1",
         "model.logprob_chunk_size=64",
+        "model.reference_cache_dir=elsewhere",
+        "model.reference_cache_max_gb=2.5",
         "rollout.batch_size=1",
     ],
 )
