@@ -1,8 +1,10 @@
 # make demo   sets up and runs SGPO end to end on a small task
 # make test   sets up and runs the tests
 # make lint   ruff, pyright
-# make gpu-check  the tests that need a GPU; without one it says what was skipped
+# make gpu-check  checks, benchmarks and tests on a GPU; says what was skipped. DRY=1: the plan
 # make bench PAIRS=pairs.jsonl  DPO pairs per second, ours over TRL's; without PAIRS, made-up pairs
+# make bench-steps PAIRS=pairs.jsonl  what a step costs: losses, packing, sharing, EMA, segments, cache
+# make bench-head  memory, time and error of the log-prob head at a vocabulary of 131,072
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,8 +14,9 @@ BENCH_VENV := .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_STAMP := $(BENCH_VENV)/.ready
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: help setup demo test test-slow gpu-check lint bench clean
+.PHONY: help setup demo test test-slow gpu-check lint bench bench-steps bench-head clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -41,8 +44,16 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# The tests run even where a check failed: the two tell different things.
 gpu-check: setup
-	$(BIN)/python -m pytest -m gpu -rs
+ifdef DRY
+	$(BIN)/python -m benchmarks.gpu_check --dry-run $(GPU_ARGS)
+else
+	status=0; \
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_ARGS) || status=1; \
+	$(BIN)/python -m pytest -m gpu -rs || status=1; \
+	exit $$status
+endif
 
 # TRL lives apart: its requirements need not agree with ours.
 $(BENCH_STAMP): requirements/bench.txt
@@ -56,6 +67,12 @@ $(BENCH_STAMP): requirements/bench.txt
 bench: setup $(BENCH_STAMP)
 	$(BIN)/python benchmarks/dpo_vs_trl.py --trl-python $(BENCH_BIN)/python \
 	    $(if $(PAIRS),--data $(PAIRS)) $(BENCH_ARGS)
+
+bench-steps: setup
+	$(BIN)/python benchmarks/steps.py $(if $(PAIRS),--pairs $(PAIRS)) $(BENCH_ARGS)
+
+bench-head: setup
+	$(BIN)/python benchmarks/logprob_head.py --json runs/bench/logprob_head.json $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -129,6 +129,7 @@ def main() -> None:
         "cpu_seconds": cpu["stage"] - cpu["save"],
         "parts": {
             "reference": spent["reference"],
+            "reference_cpu": cpu["reference"],
             "train": seconds - spent["reference"],
             "tokenise": spent["tokenise"],
         },

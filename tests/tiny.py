@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,11 @@ def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def in_precision(policy: Policy, precision: Precision, folder: Path) -> Policy:
-    """The model of a Hugging Face folder in another precision, beside one that is there already."""
-    made = Policy(policy.arch, policy.config, precision, policy.platform, policy.layout)
+def in_precision(policy: Policy, precision: Precision, folder: Path, **settings: Any) -> Policy:
+    """The model of a Hugging Face folder in another precision and with other model settings,
+    beside one that is there already."""
+    config = replace(policy.config, **settings)
+    made = Policy(policy.arch, config, precision, policy.platform, policy.layout)
     fill_policy(made, HuggingFaceSource(folder, policy.arch))
     return made
 

@@ -24,7 +24,9 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     # A machine that hands back one folder names it so.
     out = os.environ.get("OUT") or "runs/gpu-check"
-    add("--out", type=Path, default=Path(out), help="folder of the results; $OUT, or runs/gpu-check")
+    add(
+        "--out", type=Path, default=Path(out), help="folder of the results; $OUT, or runs/gpu-check"
+    )
     add("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     add("--budget", type=float, default=540, help="seconds; later checks that do not fit are left")
     add("--trl-python", default=_trl_python(), help="the interpreter that has TRL")

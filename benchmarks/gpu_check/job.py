@@ -41,7 +41,12 @@ def module_in(folder: str, name: str) -> Any:
     path = str(ROOT / folder)
     if path not in sys.path:
         sys.path.append(path)
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise FileNotFoundError(f"{folder}/{name}.py is missing") from error
+        raise
 
 
 def is_ours(error: ImportError) -> bool:
@@ -57,6 +62,7 @@ def run(job: Job, report: Report) -> None:
     except Skip as reason:
         report.finish("skip", str(reason))
     except ImportError as error:
+        traceback.print_exc()  # to the log: which import, of all there were
         report.finish("error" if is_ours(error) else "skip", f"{type(error).__name__}: {error}")
     except Exception as error:
         traceback.print_exc()
@@ -67,7 +73,8 @@ def run(job: Job, report: Report) -> None:
 
 def main() -> None:
     given, result = (Path(argument) for argument in sys.argv[1:3])
-    run(Job(**json.loads(given.read_text(encoding="utf-8"))), Report(result))
+    job = Job(**json.loads(given.read_text(encoding="utf-8")))
+    run(job, Report(result, graded=not job.toy))
 
 
 if __name__ == "__main__":

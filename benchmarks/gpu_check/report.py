@@ -35,10 +35,14 @@ def _plain(value: Any) -> Any:
 
 
 class Report:
-    """The measurements, bars and left-out parts of one check."""
+    """The measurements, bars and left-out parts of one check.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    graded: whether speeds count. At toy sizes they are shown, and no bar of theirs is met or
+    missed.
+    """
+
+    def __init__(self, path: Path, graded: bool = True) -> None:
+        self.path, self.graded = path, graded
         self.found: dict[str, Any] = {
             "state": "running",
             "measured": {},
@@ -67,6 +71,7 @@ class Report:
     ) -> None:
         """A number that has to lie within bounds; None and NaN never do."""
         met = value is not None and at_least <= value <= at_most
+        graded = self.graded or correctness
         bounds = [bound if math.isfinite(bound) else None for bound in (at_least, at_most)]
         self.found["bars"].append(
             {
@@ -75,7 +80,7 @@ class Report:
                 "bounds": bounds,
                 "aim": aim,
                 "correctness": correctness,
-                "met": met,
+                "met": met if graded else None,
             }
         )
         self._save()
@@ -98,13 +103,13 @@ class Report:
 def status_of(found: dict[str, Any], correctness: bool) -> str:
     """pass, miss, skip, error or fail; fail alone means that something is wrong."""
     bars: Sequence[dict[str, Any]] = found.get("bars", [])
-    if any(bar["correctness"] and not bar["met"] for bar in bars):
+    if any(bar["correctness"] and bar["met"] is False for bar in bars):
         return "fail"
     if found["state"] == "skip":
         return "skip"
     if found["state"] != "done":
         return "fail" if correctness else "error"
-    if any(not bar["met"] for bar in bars):
+    if any(bar["met"] is False for bar in bars):
         return "miss"
     if found.get("skipped") and not bars and not found.get("measured"):
         return "skip"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu_check.runner import Outcome, Planned
 
+_LOG_WIDTH = 130
 _STYLES = {"pass": "green", "miss": "yellow", "skip": "dim", "fail": "bold red", "error": "red"}
 
 
@@ -22,7 +24,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         # Text, since a reason may hold square brackets.
         made.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
-    Console().print(made)
+    # A log has no width of its own; eighty columns would make it twice as long.
+    Console(width=None if sys.stdout.isatty() else _LOG_WIDTH).print(made)
 
 
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -61,7 +64,9 @@ def _rows(outcome: Outcome) -> list[list[str]]:
     why = outcome.why.split("\n")[0]
     rows = [[name, outcome.status, why or f"{outcome.seconds:.0f} s", "", "", ""]]
     for bar in outcome.found.get("bars", []):
-        met = "pass" if bar["met"] else ("fail" if bar["correctness"] else "miss")
+        met = {True: "pass", False: "miss", None: "not graded"}[bar["met"]]
+        if bar["correctness"] and met == "miss":
+            met = "fail"
         cells = [_words(bar["value"]), _bounds(*bar["bounds"]), _words(bar["aim"])]
         rows.append(["", met, bar["name"], *cells])
     rows += [["", "skip", f"{part}: {why}", "", "", ""] for part, why in _skipped(outcome)]

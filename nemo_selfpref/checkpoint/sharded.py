@@ -211,7 +211,8 @@ def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"scalar", "dtype"}:
             return torch.tensor(value["scalar"], dtype=getattr(torch, value["dtype"]))
-        return {k: _decode(v) for k, v in value.items()}
+        # Megatron numbers the optimizers of a model with experts.
+        return {int(k) if k.isdecimal() else k: _decode(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_decode(v) for v in value]
     return value
@@ -243,7 +244,8 @@ def _sharded_tensors(state: Any) -> Iterator[Any]:
     if isinstance(state, ShardedTensor):
         yield state
     elif isinstance(state, ShardedObject):
-        if state.data is not None:
+        # Transformer Engine keeps the scaling history of FP8 there; it starts anew.
+        if state.data is not None and not state.key.endswith("_extra_state"):
             raise CheckpointError(f"{state.key} is a pickled object; only tensors are stored")
     elif isinstance(state, dict):
         for value in state.values():

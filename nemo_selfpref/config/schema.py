@@ -34,6 +34,25 @@ class AttentionBackend(Enum):
     """FlexAttention over the packed tokens with a block mask."""
 
 
+class Fp8Fallback(Enum):
+    """What to do once FP8's error is too large for the margins."""
+
+    bf16 = "bf16"
+    """Go on without FP8."""
+    warn = "warn"
+    stop = "stop"
+
+
+class Fp8Recipe(Enum):
+    """How FP8 numbers are scaled (Transformer Engine)."""
+
+    delayed = "delayed"
+    """By the history of maxima. It has a state: the same weights give other log-probs later, so a
+    reference is not quite the policy at step 0."""
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+
+
 class LogprobBackend(Enum):
     """What computes the element-wise part of the log-prob head; products are torch's."""
 
@@ -253,6 +272,19 @@ class ModelConfig:
     """Keep the frozen, averaged and lagged copies of the weights in the CPU's memory."""
     recompute_granularity: Recompute = Recompute.none
     recompute_num_layers: int = 1
+    transformer_engine: bool | None = None
+    """Build the layers from Transformer Engine's; null does where it is installed, in bf16 and
+    without adapters."""
+    fp8_recipe: Fp8Recipe | None = None
+    """Multiply in FP8 in training and scoring; sampling stays in bf16. Needs Transformer Engine."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and the last layer out of FP8."""
+    fp8_max_noise: float = 0.5
+    """Largest share of the median margin |h| that FP8's error of it may be (root mean square over
+    the rows of a step) before fp8_fallback is followed."""
+    fp8_check_every: int = 50
+    """Steps from one such check to the next."""
+    fp8_fallback: Fp8Fallback = Fp8Fallback.bf16
     attention_backend: AttentionBackend = AttentionBackend.auto
     micro_batch_size: int = 4
     """Rows (pairs or demonstrations) in one forward and backward pass of one replica."""

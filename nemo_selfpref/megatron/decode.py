@@ -15,9 +15,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from nemo_selfpref.megatron.attention import KVCache, PackedAttention, packed_attention
+from nemo_selfpref.megatron.attention_layout import PackedAttention, packed_attention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import PackedGPTModel, padded_vocab_size
+from nemo_selfpref.megatron.kv_cache import KVCache
 from nemo_selfpref.megatron.parallel import pipeline_group, tensor_group
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets
@@ -97,7 +98,8 @@ class KVDecoder:
             if number or not here.is_first_stage:
                 hidden = self._receive(tokens.numel(), tokens.device)
                 part.set_input_tensor(hidden)  # type: ignore[arg-type]
-            with device_scope(), _whole_sequences(part):
+            # A step decodes too few tokens for FP8's blocks.
+            with device_scope(), _whole_sequences(part), self.policy.without_fp8():
                 hidden = part.run(tokens, positions, layout)
             if part is not self.policy.head or not here.is_last_stage:
                 dist.send(

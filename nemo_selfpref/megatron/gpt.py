@@ -12,37 +12,27 @@ from typing import Any, cast
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_selfpref.config.schema import (
     ArchitectureConfig,
-    LoRAConfig,
     ModelConfig,
     Precision,
-    Recompute,
     RopeScalingConfig,
 )
-from nemo_selfpref.megatron.attention import PackedAttention, PackedCoreAttention
+from nemo_selfpref.megatron.attention_layout import PackedAttention
 from nemo_selfpref.megatron.cpu_shim import device_scope
-from nemo_selfpref.megatron.lora import SPLIT_AXIS, freeze_base, put_adapters
-from nemo_selfpref.megatron.parallel import Layout, expert_tensor_size
+from nemo_selfpref.megatron.layers import (
+    block_spec,
+    transformer_config,
+    uses_transformer_engine,
+)
+from nemo_selfpref.megatron.lora import SPLIT_AXIS, freeze_base
+from nemo_selfpref.megatron.parallel import Layout
 from nemo_selfpref.megatron.platform import Platform
 from nemo_selfpref.objectives.logprobs import GradSink, main_grad_sink
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron sums its gradient under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class PackedGPTModel(GPTModel):
@@ -153,74 +143,6 @@ def padded_vocab_size(vocab_size: int, tensor_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def transformer_config(
-    arch: ArchitectureConfig, model: ModelConfig, precision: Precision, platform: Platform
-) -> TransformerConfig:
-    """megatron-core's configuration for a Llama-family shape."""
-    dtype, virtual = platform.dtype(precision), model.virtual_pipeline_model_parallel_size
-    return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        kv_channels=arch.kv_channels,
-        layernorm_epsilon=arch.layernorm_epsilon,
-        init_method_std=arch.init_method_std,
-        tensor_model_parallel_size=model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual,
-        context_parallel_size=model.context_parallel_size,
-        expert_model_parallel_size=model.expert_model_parallel_size,
-        expert_tensor_parallel_size=expert_tensor_size(model),
-        moe_ffn_hidden_size=arch.ffn_hidden_size if arch.num_moe_experts else None,
-        sequence_parallel=model.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        perform_initialization=False,
-        use_cpu_initialization=not platform.cuda,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        variable_seq_lengths=virtual is None,
-        # Batched, the messages of two stages that are each other's both neighbours get mixed up.
-        overlap_p2p_comm=virtual is not None,
-        batch_p2p_comm=virtual is None,
-        moe_token_dispatcher_type="alltoall",
-        num_moe_experts=arch.num_moe_experts or None,
-        moe_router_topk=arch.moe_router_topk,
-        # A balancing loss would pull the policy off its reference.
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        calculate_per_token_loss=True,
-        # Gloo may still be sending from that memory when the interleaved schedule frees it.
-        deallocate_pipeline_outputs=platform.cuda or virtual is None,
-        **_recompute(model),
-    )
-
-
-def _recompute(model: ModelConfig) -> dict[str, Any]:
-    if model.recompute_granularity is Recompute.none:
-        return {}
-    if model.recompute_granularity is Recompute.selective:
-        return {"recompute_granularity": "selective"}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": model.recompute_num_layers,
-    }
-
-
 def build_model(
     arch: ArchitectureConfig,
     model: ModelConfig,
@@ -230,28 +152,32 @@ def build_model(
 ) -> Network:
     """This rank's part of the model, weights not yet set."""
     config = transformer_config(arch, model, precision, platform)
+    fused = uses_transformer_engine(model, precision, platform)
+
+    def build(virtual: int | None) -> PackedGPTModel:
+        return _build_part(arch, model, config, platform, layout, virtual, fused)
+
     if layout.virtual_size == 1:
-        return _build_part(arch, config, platform, layout, None, model.lora)
-    parts = [
-        _build_part(arch, config, platform, layout, n, model.lora)
-        for n in range(layout.virtual_size)
-    ]
-    return VirtualStages(parts)
+        return build(None)
+    return VirtualStages([build(n) for n in range(layout.virtual_size)])
 
 
 def _build_part(
     arch: ArchitectureConfig,
+    model: ModelConfig,
     config: TransformerConfig,
     platform: Platform,
     layout: Layout,
     virtual: int | None,
-    lora: LoRAConfig,
+    fused: bool,
 ) -> PackedGPTModel:
     rows = padded_vocab_size(arch.vocab_size, layout.tensor_size)
     with device_scope():
         module = PackedGPTModel(
             config,
-            cast(ModuleSpec, _block_spec(config, virtual, lora)),  # the block takes it as it is
+            cast(
+                ModuleSpec, block_spec(config, virtual, model.lora, fused)
+            ),  # the block takes it as it is
             vocab_size=rows,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=layout.is_first_stage and not virtual,
@@ -288,18 +214,3 @@ def _mark_split_weights(module: torch.nn.Module) -> None:
                 if hasattr(weight, name):
                     delattr(weight, name)
             tensor_parallel.set_tensor_model_parallel_attributes(weight, True, axis, 1)
-
-
-def _block_spec(
-    config: TransformerConfig, virtual: int | None, lora: LoRAConfig
-) -> TransformerBlockSubmodules:
-    experts = config.num_moe_experts
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=experts)
-    submodules = cast(Any, layer.submodules)
-    submodules.input_layernorm = RMSNorm
-    submodules.pre_mlp_layernorm = RMSNorm
-    submodules.self_attention.submodules.core_attention = PackedCoreAttention
-    put_adapters(layer, lora)
-    count = get_num_layers_to_build(config, vp_stage=virtual)
-    # Annotated as a module, used as a class.
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=cast(Any, RMSNorm))

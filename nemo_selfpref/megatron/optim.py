@@ -88,14 +88,48 @@ class PolicyOptimizer(torch.optim.Optimizer):
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": True,
         }
+        if is_loading and self.policy.config.use_distributed_optimizer:
+            self._make_adam_state()
         with device_scope():
             return self.inner.sharded_state_dict(
                 self.policy.sharded_state_dict(), is_loading, metadata=metadata
             )
 
+    def _make_adam_state(self) -> None:
+        """Give a distributed optimizer that has not stepped the state it describes to be read
+        into. Megatron does so itself for every optimizer but torch's own Adam."""
+        for wrapped in cast(ChainedOptimizer, self.inner).chained_optimizers:
+            adam = wrapped.optimizer
+            if isinstance(adam, torch.optim.Adam) and not adam.state:
+                for parameter in (p for group in adam.param_groups for p in group["params"]):
+                    adam.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
     def load_sharded(self, state: dict[str, Any]) -> None:
         with device_scope():
-            self.inner.load_state_dict(state)
+            if not self.policy.config.use_distributed_optimizer:
+                self.inner.load_state_dict(state)
+                return
+            chained = cast(ChainedOptimizer, self.inner).chained_optimizers
+            states = [state] if len(chained) == 1 else [state[n] for n in range(len(chained))]
+            for wrapped, own in zip(chained, states, strict=True):
+                _load_split(cast(Any, wrapped), own)
+
+
+def _load_split(wrapped: Any, state: dict[str, Any]) -> None:
+    """DistributedOptimizer.load_state_dict, which looks in vain for the step counts that torch's
+    own Adam keeps beside each tensor: it reads these elsewhere."""
+    rest = {key: value for key, value in state.items() if key != "param_state"}
+    wrapped.load_state_dict(rest)
+    states = wrapped.optimizer.state.values()
+    counts = [own.pop("step", None) for own in states]
+    wrapped.load_parameter_state_from_fully_reshardable(state["param_state"])
+    for own, count in zip(states, counts, strict=True):
+        if count is not None:
+            own["step"] = count.clone()  # Megatron gives all tensors one count between them
 
 
 def _exchange_for_rmsprop(inner: ChainedOptimizer, config: OptimConfig) -> None:

@@ -6,8 +6,8 @@ no algorithm: a loss arrives as an Objective.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,14 @@ from torch import Tensor
 from nemo_selfpref.config.schema import (
     ArchitectureConfig,
     AttentionBackend,
+    Fp8Recipe,
     ModelConfig,
     Precision,
 )
-from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate
+from nemo_selfpref.data.batching import PackedBatch, TokenSequence
 from nemo_selfpref.data.packing import PackingRule
 from nemo_selfpref.data.spans import ContextSlices
-from nemo_selfpref.megatron.attention import attention_layout
+from nemo_selfpref.megatron.attention_layout import attention_layout
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import Network, PackedGPTModel, build_model, parts_of
 from nemo_selfpref.megatron.parallel import (
@@ -41,22 +42,19 @@ from nemo_selfpref.megatron.parallel import (
     replica_group,
     tensor_group,
 )
-from nemo_selfpref.megatron.platform import Platform
+from nemo_selfpref.megatron.platform import Platform, check_platform
+from nemo_selfpref.megatron.scoring import SequenceLogps, score
 from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.logprobs import sum_by_sequence, token_logprobs
 from nemo_selfpref.objectives.objective import Objective, PairLogps, Pass
-from nemo_selfpref.types import TokenIds
 
-_SCORE_TOKENS = 8192
-"""Tokens of one forward-only micro-batch."""
-
-
-@dataclass(frozen=True)
-class SequenceLogps:
-    """Response log-prob sums float64 [N] and lengths int64 [N] of N sequences."""
-
-    sums: Tensor
-    lengths: Tensor
+_FP8_ROWS = {
+    None: 1,
+    Fp8Recipe.delayed: 16,
+    Fp8Recipe.tensorwise: 16,
+    Fp8Recipe.blockwise: 128,
+}
+"""Tokens on a rank have to be a multiple of this."""
 
 
 class Policy:
@@ -75,6 +73,7 @@ class Policy:
     ) -> None:
         self.arch, self.config, self.precision = arch, config, precision
         self.platform, self.layout = platform, layout
+        check_platform(config, precision, platform)
         self.weight_version = 0
         self.module: Network = build_model(arch, config, precision, platform, layout)
         self.parts = parts_of(self.module)
@@ -90,10 +89,28 @@ class Policy:
     @property
     def pad_multiple(self) -> int:
         """Packed tokens of a micro-batch are padded to a multiple of this: sequence and context
-        parallelism cut them evenly."""
+        parallelism cut them evenly, and FP8 wants whole blocks."""
         tensor = self.layout.tensor_size if self.config.sequence_parallel else 1
         context = self.layout.context_size
-        return tensor * (2 * context if context > 1 else 1)
+        return tensor * (2 * context if context > 1 else 1) * _FP8_ROWS[self.config.fp8_recipe]
+
+    @property
+    def in_fp8(self) -> bool:
+        return self.module.config.fp8 is not None
+
+    @contextlib.contextmanager
+    def without_fp8(self) -> Iterator[None]:
+        """Multiply in bfloat16 inside the block."""
+        kept = self.module.config.fp8
+        self.module.config.fp8 = None
+        try:
+            yield
+        finally:
+            self.module.config.fp8 = kept
+
+    def leave_fp8(self) -> None:
+        """Multiply in bfloat16 from now on."""
+        self.module.config.fp8 = None
 
     def packing_rule(self, micro_batch_size: int) -> PackingRule:
         """How rows become this policy's micro-batches."""
@@ -129,10 +146,10 @@ class Policy:
         self.module.train()
         self._clear_gradients()
         step = partial(self._train_step, objective=objective, inputs=inputs)
-        outputs = self._run_schedule(step, batches, list(self.ddp), forward_only=False)
+        outputs = self.run_schedule(step, batches, list(self.ddp), forward_only=False)
         return self._reduce_metrics(outputs)
 
-    def _run_schedule(
+    def run_schedule(
         self,
         step: Callable[..., Any],
         batches: Sequence[PackedBatch],
@@ -171,7 +188,7 @@ class Policy:
         inputs: StepInputs,
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         whole = next(batches)
-        batch, hidden = self._forward(model, whole)
+        batch, hidden = self.forward(model, whole)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             policy = self.pair_logps(hidden, batch)
@@ -194,7 +211,7 @@ class Policy:
 
         return hidden, loss
 
-    def _forward(self, model: torch.nn.Module, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
+    def forward(self, model: torch.nn.Module, batch: PackedBatch) -> tuple[PackedBatch, Tensor]:
         """This rank's part of the batch, on its device, and the states of its tokens."""
         device, here = self.platform.device(), self.layout
         slices = ContextSlices(batch.tokens.numel(), here.context_size, here.context_rank)
@@ -276,7 +293,6 @@ class Policy:
         totals = {name: sum(part[name] for part in parts) for name in parts[0]}
         return all_gather_json(totals, pipeline_group(), device)[-1]
 
-    @torch.no_grad()
     def score(
         self, sequences: Sequence[TokenSequence], progress: Callable[[int], None] | None = None
     ) -> SequenceLogps:
@@ -284,79 +300,4 @@ class Policy:
 
         Collective over all ranks, which all get the whole result, in the order given.
         """
-        mine = self._my_share(sequences)
-        found: dict[str, list[float]] = {}
-        self.module.eval()
-        for numbers in _by_tokens(sequences, mine):
-            found.update(self._score_batch([sequences[n] for n in numbers], numbers))
-            if progress is not None:
-                progress(len(numbers) * self.layout.scorer[1])
-        device = self.platform.device()
-        last = all_gather_json(found, pipeline_group(), device)[-1]
-        for part in all_gather_json(last, replica_group(), device):
-            found.update(part)
-        values = [found[str(n)] for n in range(len(sequences))]
-        return SequenceLogps(
-            sums=torch.tensor([v[0] for v in values], dtype=torch.float64),
-            lengths=torch.tensor([int(v[1]) for v in values], dtype=torch.int64),
-        )
-
-    def _my_share(self, sequences: Sequence[TokenSequence]) -> list[int]:
-        """The sequences this rank scores: longest first, those of one prompt together where it is
-        computed once for all."""
-        number, count = self.layout.scorer
-
-        def size(n: int) -> int:
-            return -len(sequences[n][0] + sequences[n][1])
-
-        if not self.config.share_prompts:
-            return sorted(range(len(sequences)), key=size)[number::count]
-        groups: dict[TokenIds, list[int]] = {}
-        for n, (prompt, _) in enumerate(sequences):
-            groups.setdefault(prompt, []).append(n)
-        dealt = sorted(groups.values(), key=lambda g: (min(map(size, g)), g))[number::count]
-        return [n for group in dealt for n in group]
-
-    def _score_batch(
-        self, sequences: Sequence[TokenSequence], numbers: Sequence[int]
-    ) -> dict[str, list[float]]:
-        whole = collate(
-            sequences,
-            numbers,
-            paired=False,
-            pad_multiple=self.pad_multiple,
-            share_prompts=self.config.share_prompts,
-        )
-        found: dict[str, list[float]] = {}
-
-        def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> Any:
-            batch, hidden = self._forward(model, next(batches))
-
-            def keep(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                logps = self.pair_logps(hidden, batch)
-                for n, value, length in zip(
-                    batch.rows, logps.chosen.tolist(), logps.chosen_len.tolist(), strict=True
-                ):
-                    found[str(n)] = [value, length]
-                return logps.chosen.sum(), logps.chosen_len.sum().to(torch.int), {}
-
-            return hidden, keep
-
-        count = self.packing_rule(1).count_multiple
-        self._run_schedule(step, [whole] * count, list(self.parts), forward_only=True)
-        return found
-
-
-def _by_tokens(sequences: Sequence[TokenSequence], order: Sequence[int]) -> Iterator[list[int]]:
-    """Cut `order` into batches of at most _SCORE_TOKENS tokens (one sequence at least)."""
-    batch: list[int] = []
-    used = 0
-    for number in order:
-        size = len(sequences[number][0]) + len(sequences[number][1])
-        if batch and used + size > _SCORE_TOKENS:
-            yield batch
-            batch, used = [], 0
-        batch.append(number)
-        used += size
-    if batch:
-        yield batch
+        return score(self, sequences, progress)

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from nemo_selfpref.config.schema import ModelConfig
 from nemo_selfpref.data.batching import TokenSequence
-from nemo_selfpref.megatron.policy import Policy, SequenceLogps
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.scoring import SequenceLogps
 from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.reference_segments import Segments
@@ -135,10 +136,13 @@ class ReferenceCache:
 
 def context_of(policy: Policy, weights: str) -> bytes:
     """What every entry under some weights has in common, 32 bytes."""
+    recipe = policy.config.fp8_recipe
     parts: dict[str, Any] = {
         "format": FORMAT,
         "weights": weights,
         "precision": policy.precision.value,
+        "fp8": recipe.value if recipe and policy.in_fp8 else None,
+        "first_last_layers_bf16": policy.config.first_last_layers_bf16,
         "architecture": asdict(policy.arch),
     }
     if policy.config.lora.rank:

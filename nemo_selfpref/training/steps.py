@@ -14,7 +14,8 @@ from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.data.batching import StepPlan, TokenSequence
 from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.megatron.parallel import barrier
-from nemo_selfpref.megatron.policy import Policy, SequenceLogps
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.scoring import SequenceLogps
 from nemo_selfpref.models.stage import Step
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import Objective, Pass

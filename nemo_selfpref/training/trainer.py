@@ -20,6 +20,7 @@ from nemo_selfpref.objectives.objective import Objective
 from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.fit import fit_stage
+from nemo_selfpref.training.fp8_guard import GuardedSteps
 from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.reference_cache import open_cache
 from nemo_selfpref.training.rollouts import EngineRollouts
@@ -140,6 +141,8 @@ class StageTrainer:
         settings: TrainSettings,
     ) -> dict[str, Any]:
         """Train the stage to its end and keep its weights; what to tell of it."""
+        if self.policy.in_fp8:
+            steps = GuardedSteps(steps, self.policy, self.cfg.model, self.stages.console.say)
         fitted = TrainingStage(
             name=name,
             steps=steps,

@@ -52,18 +52,31 @@ def step(optimizer: PolicyOptimizer, number: int) -> tuple[float, float]:
     return metrics["loss"], optimizer.grad_norm
 
 
-@pytest.mark.parametrize("name", list(OptimizerName))
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [(OptimizerName.adamw, False), (OptimizerName.adamw, True), (OptimizerName.rmsprop, False)],
+)
 @pytest.mark.parametrize("precision", list(Precision))
 def test_resuming_is_bit_for_bit_the_same(
-    policy: Policy, precision: Precision, name: OptimizerName, llama_folder: Path, tmp_path: Path
+    policy: Policy,
+    precision: Precision,
+    name: OptimizerName,
+    split: bool,
+    llama_folder: Path,
+    tmp_path: Path,
 ) -> None:
-    straight = trainer_of(in_precision(policy, precision, llama_folder), name)
+    """split: with the distributed optimizer."""
+
+    def make() -> Policy:
+        return in_precision(policy, precision, llama_folder, use_distributed_optimizer=split)
+
+    straight = trainer_of(make(), name)
     for number in range(2):
         step(straight, number)
     save_training(tmp_path / "step-2", straight.policy, straight, LIGHTNING)
     want = [step(straight, number) for number in (2, 3)]
 
-    resumed = trainer_of(in_precision(policy, precision, llama_folder), name)
+    resumed = trainer_of(make(), name)
     assert resumed.policy.weight_version == 0
     load_training(tmp_path / "step-2", resumed.policy)
     load_optimizer(tmp_path / "step-2", resumed)

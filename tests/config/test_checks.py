@@ -50,7 +50,8 @@ def test_the_defaults_pass() -> None:
             "model.tensor_model_parallel_size",
             2,
             "1 processes (trainer.devices x trainer.num_nodes) cannot be split into replicas of "
-            "model.tensor_model_parallel_size=2 x model.pipeline_model_parallel_size=1 = 2.",
+            "model.tensor_model_parallel_size=2 x model.pipeline_model_parallel_size=1 x "
+            "model.context_parallel_size=1 = 2.",
         ),
         ("model.pipeline_model_parallel_size", 0, "model.pipeline_model_parallel_size=0: expect"),
         ("model.sequence_parallel", True, "does nothing without tensor parallelism"),

@@ -36,7 +36,8 @@ from nemo_selfpref.data.packing import micro_batches
 from nemo_selfpref.megatron import parallel
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.platform import select_platform
-from nemo_selfpref.megatron.policy import Policy, SequenceLogps
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.scoring import SequenceLogps
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import (

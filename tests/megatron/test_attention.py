@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nemo_selfpref.config.schema import AttentionBackend
 from nemo_selfpref.data.spans import ContextSlices, Span
-from nemo_selfpref.megatron.attention import (
-    PackedCoreAttention,
+from nemo_selfpref.megatron.attention import PackedCoreAttention
+from nemo_selfpref.megatron.attention_layout import (
     _groups_of_like_length,
     attention_layout,
     packed_attention,

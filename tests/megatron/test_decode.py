@@ -17,7 +17,7 @@ def full_logits(policy: Policy, sequence: tuple[int, ...]) -> Tensor:
     """Logits of the next token after a whole sequence, without any cache."""
     batch = collate([((), sequence)], [0], paired=False)
     with device_scope():
-        _, hidden = policy._forward(policy.module, batch)
+        _, hidden = policy.forward(policy.module, batch)
     return hidden[-1, 0] @ policy.module.output_weight().t()
 
 

@@ -10,7 +10,7 @@ from tiny import MakePolicy
 from torch import Tensor
 
 from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
-from nemo_selfpref.megatron.attention import packed_attention
+from nemo_selfpref.megatron.attention_layout import packed_attention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import padded_vocab_size, rope_frequencies
 from nemo_selfpref.megatron.policy import Policy

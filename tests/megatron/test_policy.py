@@ -186,7 +186,7 @@ def test_gradients_are_those_of_autograd(
     got = gradients(policy, [batch], SFTObjective())
     # Autograd gets the output layer's gradient too, instead of the optimizer's buffer.
     monkeypatch.setattr(policy.head, "output_grad_sink", lambda: None)
-    batch, hidden = policy._forward(policy.module, batch)
+    batch, hidden = policy.forward(policy.module, batch)
     loss = -policy.response_logprobs(hidden, batch).sum() / 7  # 3 + 2 + 2 response tokens
     want = torch.autograd.grad(loss, list(policy.module.parameters()))
     for (name, gradient), exact in zip(got.items(), want, strict=True):
@@ -208,7 +208,7 @@ def test_a_stand_in_batch_counts_for_nothing(policy: Policy) -> None:
 def test_pair_logps_of_prompt_and_response(policy: Policy) -> None:
     batch = batch_of(0, 2, full=True)
     with torch.no_grad():
-        logps = policy.pair_logps(policy._forward(policy.module, batch)[1], batch)
+        logps = policy.pair_logps(policy.forward(policy.module, batch)[1], batch)
     assert logps.chosen_len.tolist() == [3, 2] and logps.rejected_len.tolist() == [2, 3]
     # The first prompt token has nothing before it: 6 - 1 and 6 - 1 targets.
     assert logps.full_chosen_len.tolist() == [5, 5]
