@@ -268,8 +268,8 @@ class Ratio:
 
     def line(self) -> str:
         spread = self.spread
-        text = f"{self.name}: {spread.median:.3f} ({spread.min:.3f} to {spread.max:.3f})"
-        text += "" if self.cpu is None else f", in CPU time {self.cpu:.3f}"
+        text = f"{self.name}: {spread.median:.4g} ({spread.min:.4g} to {spread.max:.4g})"
+        text += "" if self.cpu is None else f", in CPU time {self.cpu:.4g}"
         if self.bar is None:
             return text
         sign = ">=" if self.at_least else "<="

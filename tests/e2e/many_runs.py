@@ -38,7 +38,10 @@ def cut(run: Path, copy: Path) -> None:
 def carry_out(arguments: list[str]) -> None:
     print("$", *arguments, flush=True)
     if arguments[0] == "cut":
-        cut(Path(arguments[1]), Path(arguments[2]))
+        if os.environ.get("RANK", "0") == "0":
+            cut(Path(arguments[1]), Path(arguments[2]))
+        if "RANK" in os.environ:
+            parallel.barrier()
     elif cli.main(arguments):
         raise RuntimeError("the command failed")
 
