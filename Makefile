@@ -4,6 +4,7 @@
 # make gpu-check  checks, benchmarks and tests on a GPU; says what was skipped. DRY=1: the plan
 # make bench PAIRS=pairs.jsonl  DPO pairs per second, ours over TRL's; without PAIRS, made-up pairs
 # make bench-steps PAIRS=pairs.jsonl  what a step costs: losses, packing, sharing, EMA, segments, cache
+# make invariance  every parallel layout against one process: the largest differences
 # make bench-head  memory, time and error of the log-prob head at a vocabulary of 131,072
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ BENCH_STAMP := $(BENCH_VENV)/.ready
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help setup demo test test-slow gpu-check lint bench bench-steps bench-head clean
+.PHONY: help setup demo test test-slow gpu-check lint bench bench-steps bench-head invariance clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -73,6 +74,9 @@ bench-steps: setup
 
 bench-head: setup
 	$(BIN)/python benchmarks/logprob_head.py --json runs/bench/logprob_head.json $(BENCH_ARGS)
+
+invariance: setup
+	$(BIN)/python benchmarks/invariance.py $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

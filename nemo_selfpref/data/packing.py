@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate, sequences_of
-from nemo_selfpref.errors import DataError
 from nemo_selfpref.types import TrainingRow
 
 
@@ -42,11 +41,7 @@ def micro_batches(
     paired: bool,
     prompt_targets: bool = False,
 ) -> list[PackedBatch]:
-    """This replica's micro-batches of the global batch `row_numbers`.
-
-    Raises:
-        DataError: one row alone is longer than micro_batch_tokens.
-    """
+    """This replica's micro-batches of the global batch `row_numbers`."""
     sequences = {n: sequences_of([rows[n]], paired) for n in row_numbers}
     cuts = _cut(sequences, row_numbers, num_replicas, rule)
     most = max(len(cut) for cut in cuts)
@@ -139,17 +134,9 @@ def pack_by_length(items: Sequence[Item], budget: int, multiple: int) -> list[li
     """Pack items into bins of at most `budget` tokens; the number of bins is a multiple of
     `multiple` (or every item has a bin of its own), and neighbours in the list are of like load.
 
-    The longest item goes first, each to the emptiest bin, so loads come out near each other.
-
-    Raises:
-        DataError: an item does not fit a bin of its own.
+    The longest item goes first, each to the emptiest bin, so loads come out near each other. One
+    longer than the budget (a sampled answer may be) gets a bin of its own.
     """
-    for item in items:
-        if item.tokens > budget:
-            raise DataError(
-                f"row {item.rows[0]} of the step has {item.tokens} tokens, "
-                f"model.micro_batch_tokens is {budget}. Raise it, or lower data.max_length."
-            )
     ordered = sorted(items, key=lambda item: (-item.tokens, item.rows))
     num_bins = -(-sum(item.tokens for item in items) // budget)
     while True:
@@ -167,7 +154,7 @@ def _fill(items: Sequence[Item], budget: int, num_bins: int) -> list[Item] | Non
     for item in items:
         emptiest = min(range(num_bins), key=lambda n: (bins[n].tokens, n))
         held = bins[emptiest]
-        if held.tokens + item.tokens > budget:
+        if held.rows and held.tokens + item.tokens > budget:
             return None
         bins[emptiest] = Item(held.rows + item.rows, held.tokens + item.tokens)
     return bins

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.files import fsync_path, read_json, write_json, write_text
+from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import CheckpointError, ConfigError
 from nemo_selfpref.types import (
     Completion,
@@ -38,8 +39,18 @@ _FREE_ON_RESUME = (
     "export",
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.expert_model_parallel_size",
     "model.sequence_parallel",
     "model.micro_batch_size",
+    "model.micro_batch_tokens",
+    "model.share_prompts",
+    "model.recompute_granularity",
+    "model.recompute_num_layers",
+    "model.copies_on_cpu",
+    "model.attention_backend",
+    "model.logprob_backend",
     "model.logprob_chunk_size",
     "model.reference_cache_dir",
     "model.reference_cache_max_gb",
@@ -84,8 +95,13 @@ class RunFolder:
 
 
 def _check_same(saved: Path, cfg: DictConfig) -> None:
-    old = _comparable(OmegaConf.create(saved.read_text(encoding="utf-8")))
-    new = _comparable(cfg)
+    before = _flat(OmegaConf.create(saved.read_text(encoding="utf-8")))
+    now = _flat(cfg)
+    # A setting that this run was made without is at its default if it is newer than the run.
+    defaults = _flat(_defaults_of(cfg))
+    newer = {key for key in now if key not in before and now[key] == defaults.get(key, ...)}
+    old = _lines(before)
+    new = _lines({key: value for key, value in now.items() if key not in newer})
     if old == new:
         return
     changed = [
@@ -100,8 +116,19 @@ def _check_same(saved: Path, cfg: DictConfig) -> None:
     )
 
 
-def _comparable(cfg: Any) -> list[str]:
-    """The settings that decide a run's result, one `key: value` a line."""
+def _defaults_of(cfg: DictConfig) -> DictConfig:
+    """The defaults of the settings' dataclasses, for the same algorithm."""
+    config_class = algorithms()[cfg.algorithm.name].config_class
+    defaults = OmegaConf.structured(RunConfig)
+    OmegaConf.update(defaults, "name", cfg.name)
+    return OmegaConf.merge(
+        OmegaConf.create(OmegaConf.to_container(defaults, enum_to_str=True)),  # type: ignore[return-value]
+        {"algorithm": OmegaConf.to_container(OmegaConf.structured(config_class), enum_to_str=True)},
+    )
+
+
+def _flat(cfg: Any) -> dict[str, Any]:
+    """The settings that decide a run's result, by their full name."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:
@@ -113,11 +140,15 @@ def _comparable(cfg: Any) -> list[str]:
 
     walk("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     free = tuple(f"{name}." for name in _FREE_ON_RESUME)
-    return [
-        f"{key}: {value}"
-        for key, value in sorted(flat.items())
+    return {
+        key: value
+        for key, value in flat.items()
         if key not in _FREE_ON_RESUME and not key.startswith(free)
-    ]
+    }
+
+
+def _lines(flat: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {value}" for key, value in sorted(flat.items())]
 
 
 def is_done(stage: Path) -> bool:

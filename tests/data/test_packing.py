@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from nemo_selfpref.data.batching import PackedBatch, StepPlan
 from nemo_selfpref.data.packing import Item, PackingRule, micro_batches, pack_by_length
-from nemo_selfpref.errors import DataError
 from nemo_selfpref.types import PreferencePair, TrainingRow
 
 
@@ -108,9 +107,9 @@ def test_rows_of_one_prompt_stay_together_where_prompts_are_shared() -> None:
     ]
 
 
-def test_a_row_longer_than_the_budget_is_refused() -> None:
-    with pytest.raises(DataError, match=r"row 1 .* 44 tokens.*tokens is 40"):
-        pack(pairs_of([2, 20]), 0, 1, 40)
+def test_a_row_longer_than_the_budget_is_alone() -> None:
+    # 8, 44 and 8 tokens, a budget of 40.
+    assert [b.rows for b in pack(pairs_of([2, 20, 2]), 0, 1, 40)] == [(1,), (0, 2)]
 
 
 @given(

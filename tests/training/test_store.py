@@ -91,8 +91,18 @@ def test_another_algorithm_is_refused(folder: Path) -> None:
         "export.verify=false",
         "model.tensor_model_parallel_size=2",
         "model.pipeline_model_parallel_size=2",
+        "model.virtual_pipeline_model_parallel_size=2",
+        "model.context_parallel_size=2",
+        "model.expert_model_parallel_size=2",
         "model.sequence_parallel=true",
         "model.micro_batch_size=1",
+        "model.micro_batch_tokens=4096",
+        "model.share_prompts=true",
+        "model.recompute_granularity=full",
+        "model.recompute_num_layers=2",
+        "model.copies_on_cpu=true",
+        "model.attention_backend=sdpa",
+        "model.logprob_backend=torch",
         "model.logprob_chunk_size=64",
         "model.reference_cache_dir=elsewhere",
         "model.reference_cache_max_gb=2.5",
@@ -102,6 +112,23 @@ def test_another_algorithm_is_refused(folder: Path) -> None:
 def test_how_a_run_computes_may_change(folder: Path, override: str) -> None:
     RunFolder(folder).open(config(override), resume=True)
     assert "batch_size: 4" in (folder / "config.yaml").read_text()  # the first settings stay
+
+
+def without(folder: Path, name: str) -> None:
+    """As if the run had been made before there was this setting."""
+    saved = OmegaConf.load(folder / "config.yaml")
+    group, key = name.rsplit(".", 1)
+    del OmegaConf.select(saved, group)[key]
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(saved))
+
+
+@pytest.mark.parametrize("name", ["model.fp8_recipe", "model.optim.alpha", "algorithm.beta"])
+def test_a_setting_newer_than_the_run_may_be_at_its_default(folder: Path, name: str) -> None:
+    without(folder, name)
+    RunFolder(folder).open(config(), resume=True)
+    others = {"model.fp8_recipe": "delayed", "model.optim.alpha": 0.9, "algorithm.beta": 0.5}
+    with pytest.raises(ConfigError, match=rf"\+{name}: {others[name]}"):
+        RunFolder(folder).open(config(f"{name}={others[name]}"), resume=True)
 
 
 def test_an_existing_run_is_not_touched_without_leave(folder: Path) -> None:
