@@ -82,20 +82,20 @@ def measure(model: str, processes: list[int], out: Path) -> dict[str, dict[str, 
 
 
 def table(model: str, rows: dict[str, dict[str, Any]], console: Console) -> None:
-    shown = ("sft", "dpo", "orpo", "spce", "sr_dpo", "ipo")
-    columns = ["processes, layout", *shown, "norm", "scores", "sampled"]
+    shown = ("dpo", "orpo", "spce", "sr_dpo")
+    columns = ["processes, layout", *shown, "norm", "sampled"]
     lines = []
     for name, row in rows.items():
         cells = [_cell(row[loss]) for loss in shown]
         same = "same" if row["same_tokens_sampled"] else "differ"
-        lines.append([name, *cells, f"{row['norm']:.0e}", f"{row['scores']:.0e}", same])
+        lines.append([name, *cells, f"{row['norm']:.0e}", same])
     title = f"{model}: largest difference from one process, any metric / any gradient"
     console.table(title, columns, lines)
 
 
 def _cell(of_loss: dict[str, float]) -> str:
     gradients = of_loss.get("gradients")
-    return f"{of_loss['metrics']:.0e} / " + ("-" if gradients is None else f"{gradients:.0e}")
+    return f"{of_loss['metrics']:.0e}/" + ("-" if gradients is None else f"{gradients:.0e}")
 
 
 def main() -> None:

@@ -25,16 +25,14 @@ from nemo_selfpref.algorithms.refinement import AUGMENT_SLOTS, augment
 from nemo_selfpref.checkpoint.hf_config import read_architecture
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource
 from nemo_selfpref.checkpoint.training_state import fill_policy
+from nemo_selfpref.config.model_schema import ModelConfig, OptimConfig, TokenizerConfig
 from nemo_selfpref.config.paths import prompts_dir
 from nemo_selfpref.config.schema import (
     Accelerator,
     AlgorithmConfig,
     DataConfig,
-    ModelConfig,
-    OptimConfig,
     RefMode,
     RunConfig,
-    TokenizerConfig,
 )
 from nemo_selfpref.data.batching import PackedBatch, StepPlan
 from nemo_selfpref.data.dataset import load_preferences

@@ -30,7 +30,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(llama_folder: Path) -> ChatTokenizer:
-    from nemo_selfpref.config.schema import TokenizerConfig
+    from nemo_selfpref.config.model_schema import TokenizerConfig
     from nemo_selfpref.data.tokenizer import load_tokenizer
 
     return load_tokenizer(TokenizerConfig(), str(llama_folder))

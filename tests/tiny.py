@@ -12,14 +12,8 @@ import torch
 
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource
 from nemo_selfpref.checkpoint.training_state import fill_policy
-from nemo_selfpref.config.schema import (
-    AlgorithmConfig,
-    DataConfig,
-    LoRAConfig,
-    ModelConfig,
-    Precision,
-    RunConfig,
-)
+from nemo_selfpref.config.model_schema import LoRAConfig, ModelConfig
+from nemo_selfpref.config.schema import AlgorithmConfig, DataConfig, Precision, RunConfig
 from nemo_selfpref.megatron.policy import Policy
 
 MakePolicy = Callable[[Path], Policy]

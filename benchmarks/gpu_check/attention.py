@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu_check.job import Job
 from benchmarks.gpu_check.models import now, release
 from benchmarks.gpu_check.report import Report
-from nemo_selfpref.config.schema import AttentionBackend
+from nemo_selfpref.config.model_schema import AttentionBackend
 from nemo_selfpref.data.spans import Span, spans_of
 from nemo_selfpref.megatron.attention import PackedCoreAttention
 from nemo_selfpref.megatron.attention_layout import PackedAttention, attention_layout

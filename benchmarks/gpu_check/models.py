@@ -15,13 +15,12 @@ import torch
 
 from benchmarks.gpu_check.report import Skip
 from nemo_selfpref.config.checks import check_architecture, check_config
+from nemo_selfpref.config.model_schema import ArchitectureConfig, ModelConfig
 from nemo_selfpref.config.schema import (
     Accelerator,
     AlgorithmConfig,
-    ArchitectureConfig,
     DataConfig,
     ExportConfig,
-    ModelConfig,
     Precision,
     RunConfig,
     TrainerConfig,

@@ -27,7 +27,8 @@ from benchmarks.gpu_check.report import Report, write
 from nemo_selfpref.checkpoint.hf_config import read_architecture
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource
 from nemo_selfpref.checkpoint.training_state import fill_policy
-from nemo_selfpref.config.schema import DataConfig, OptimConfig, Precision, TokenizerConfig
+from nemo_selfpref.config.model_schema import OptimConfig, TokenizerConfig
+from nemo_selfpref.config.schema import DataConfig, Precision
 from nemo_selfpref.data.dataset import load_preferences
 from nemo_selfpref.data.tokenizer import load_tokenizer
 from nemo_selfpref.megatron.optim import PolicyOptimizer

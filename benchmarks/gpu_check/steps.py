@@ -23,7 +23,8 @@ from benchmarks.gpu_check.models import (
     release,
 )
 from benchmarks.gpu_check.report import Report, Skip
-from nemo_selfpref.config.schema import OptimConfig, Precision, Recompute
+from nemo_selfpref.config.model_schema import OptimConfig, Recompute
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 
 _PEAK = 989e12

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from nemo_selfpref.config.schema import AlgorithmConfig, OptimConfig, RefMode, RunConfig
+from nemo_selfpref.config.model_schema import OptimConfig
+from nemo_selfpref.config.schema import AlgorithmConfig, RefMode, RunConfig
 from nemo_selfpref.data.templates import PromptTemplate
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError

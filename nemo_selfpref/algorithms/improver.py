@@ -12,7 +12,8 @@ from nemo_selfpref.algorithms.base import (
     instruction_text,
 )
 from nemo_selfpref.config.checks import check_optim
-from nemo_selfpref.config.schema import OptimConfig, RunConfig
+from nemo_selfpref.config.model_schema import OptimConfig
+from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.data.templates import PromptTemplate
 from nemo_selfpref.objectives.objective import SFTObjective
 from nemo_selfpref.pairing.filters import iqr_keep

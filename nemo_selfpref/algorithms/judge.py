@@ -19,7 +19,7 @@ from nemo_selfpref.algorithms.base import (
     instruction_text,
 )
 from nemo_selfpref.config.checks import check_optim
-from nemo_selfpref.config.schema import OptimConfig
+from nemo_selfpref.config.model_schema import OptimConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError, RolloutError
 from nemo_selfpref.objectives.objective import SFTObjective

@@ -14,7 +14,7 @@ from nemo_selfpref.checkpoint.hf_config import write_config
 from nemo_selfpref.checkpoint.hf_weights import megatron_shapes, to_huggingface
 from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import architecture_of, merged_weights_of
-from nemo_selfpref.config.schema import ArchitectureConfig, TokenizerConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, TokenizerConfig
 from nemo_selfpref.data.tokenizer import load_tokenizer
 
 _FILE_BYTES = 4 * 2**30

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_selfpref.checkpoint.files import read_json
-from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, RopeScalingConfig
 from nemo_selfpref.errors import CheckpointError
 
 _ROPE_TYPES = {"default", "linear", "llama3"}

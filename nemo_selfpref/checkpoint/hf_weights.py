@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.files import read_json
-from nemo_selfpref.config.schema import ArchitectureConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig
 from nemo_selfpref.errors import CheckpointError
 
 Fetch = Callable[[str], Tensor]

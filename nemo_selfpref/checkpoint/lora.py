@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_selfpref.checkpoint.hf_weights import generator_for, megatron_shapes, read_part
 from nemo_selfpref.checkpoint.sharded import TensorSource
-from nemo_selfpref.config.schema import ArchitectureConfig, LoRAConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, LoRAConfig
 from nemo_selfpref.errors import ConfigError
 
 

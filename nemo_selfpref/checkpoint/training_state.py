@@ -28,7 +28,7 @@ from nemo_selfpref.checkpoint.sharded import (
     read_common,
     save_state,
 )
-from nemo_selfpref.config.schema import ArchitectureConfig, LoRAConfig, RopeScalingConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, LoRAConfig, RopeScalingConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.megatron.optim import PolicyOptimizer

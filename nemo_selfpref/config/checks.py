@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator
 
 from nemo_selfpref.config.layout_checks import batch, parallel, positive, split_of_model
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     ArchitectureConfig,
     LoRAConfig,
     ModelConfig,
     OptimConfig,
     OptimizerName,
-    RunConfig,
 )
+from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from nemo_selfpref.config.schema import ArchitectureConfig, ModelConfig, OptimizerName, RunConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, ModelConfig, OptimizerName
+from nemo_selfpref.config.schema import RunConfig
 
 
 def positive(**values: float) -> Iterator[str]:

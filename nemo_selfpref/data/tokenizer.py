@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemo_selfpref.config.schema import TokenizerConfig, TokenizerLibrary
+from nemo_selfpref.config.model_schema import TokenizerConfig, TokenizerLibrary
 from nemo_selfpref.data.chat import Skeleton, build_skeleton
 from nemo_selfpref.errors import DataError
 from nemo_selfpref.types import Message, TokenIds

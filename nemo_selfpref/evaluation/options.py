@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_selfpref.config.checks import check_config
-from nemo_selfpref.config.schema import (
-    AlgorithmConfig,
-    DataConfig,
-    DropReason,
-    ModelConfig,
-    RunConfig,
-)
+from nemo_selfpref.config.model_schema import ModelConfig
+from nemo_selfpref.config.schema import AlgorithmConfig, DataConfig, DropReason, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError, DataError
 from nemo_selfpref.training.session import Start, find_start

@@ -16,7 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from nemo_selfpref.config.schema import AttentionBackend
+from nemo_selfpref.config.model_schema import AttentionBackend
 from nemo_selfpref.data.spans import ContextSlices, Span, spans_of
 from nemo_selfpref.megatron.kv_cache import KVCache
 

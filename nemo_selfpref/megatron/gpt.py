@@ -16,12 +16,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_selfpref.config.schema import (
-    ArchitectureConfig,
-    ModelConfig,
-    Precision,
-    RopeScalingConfig,
-)
+from nemo_selfpref.config.model_schema import ArchitectureConfig, ModelConfig, RopeScalingConfig
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.megatron.attention_layout import PackedAttention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.layers import (

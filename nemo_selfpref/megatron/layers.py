@@ -20,14 +20,14 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     ArchitectureConfig,
     Fp8Recipe,
     LoRAConfig,
     ModelConfig,
-    Precision,
     Recompute,
 )
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.megatron.attention import PackedCoreAttention
 from nemo_selfpref.megatron.lora import put_adapters
 from nemo_selfpref.megatron.parallel import expert_tensor_size

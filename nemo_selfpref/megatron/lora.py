@@ -23,7 +23,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_selfpref.config.schema import LoRAConfig
+from nemo_selfpref.config.model_schema import LoRAConfig
 
 ADAPTERS = ("lora_a", "lora_b")
 _ATTENTION = ("linear_qkv", "linear_proj")

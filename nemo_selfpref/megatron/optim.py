@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     OptimConfig,
     OptimizerName,
-    Precision,
     Scheduler,
     SchedulerConfig,
 )
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.policy import Policy
 
@@ -108,7 +108,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
 
-    def load_sharded(self, state: dict[str, Any]) -> None:
+    def load_sharded(self, state: dict[Any, Any]) -> None:
         with device_scope():
             if not self.policy.config.use_distributed_optimizer:
                 self.inner.load_state_dict(state)

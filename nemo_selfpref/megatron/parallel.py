@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from nemo_selfpref.config.schema import ModelConfig, RunConfig
+from nemo_selfpref.config.model_schema import ModelConfig
+from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.platform import Platform

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_selfpref.config.schema import (
-    Accelerator,
+from nemo_selfpref.config.model_schema import (
     AttentionBackend,
     Fp8Recipe,
     LogprobBackend,
     ModelConfig,
-    Precision,
 )
+from nemo_selfpref.config.schema import Accelerator, Precision
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron import cpu_shim
 

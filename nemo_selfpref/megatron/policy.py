@@ -21,13 +21,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     ArchitectureConfig,
     AttentionBackend,
     Fp8Recipe,
     ModelConfig,
-    Precision,
 )
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence
 from nemo_selfpref.data.packing import PackingRule
 from nemo_selfpref.data.spans import ContextSlices

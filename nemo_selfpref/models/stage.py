@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from nemo_selfpref.config.schema import OptimConfig
+from nemo_selfpref.config.model_schema import OptimConfig
 from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.objective import Objective
 from nemo_selfpref.types import TrainingRow

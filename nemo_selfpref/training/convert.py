@@ -8,10 +8,10 @@ from nemo_selfpref.checkpoint.export import export_checkpoint
 from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.checkpoint.training_state import is_checkpoint, read_manifest, save_weights
 from nemo_selfpref.checkpoint.verify import verify_export
+from nemo_selfpref.config.model_schema import ModelConfig
 from nemo_selfpref.config.schema import (
     AlgorithmConfig,
     DataConfig,
-    ModelConfig,
     Precision,
     RunConfig,
     TrainerConfig,

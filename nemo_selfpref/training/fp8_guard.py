@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.files import read_json, write_json
-from nemo_selfpref.config.schema import Fp8Fallback, ModelConfig
+from nemo_selfpref.config.model_schema import Fp8Fallback, ModelConfig
 from nemo_selfpref.data.batching import sequences_of
 from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.megatron.policy import Policy

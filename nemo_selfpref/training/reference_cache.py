@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_selfpref.config.schema import ModelConfig
+from nemo_selfpref.config.model_schema import ModelConfig
 from nemo_selfpref.data.batching import TokenSequence
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.scoring import SequenceLogps

@@ -18,7 +18,8 @@ from nemo_selfpref.checkpoint.training_state import (
     weights_for,
 )
 from nemo_selfpref.config.checks import check_architecture
-from nemo_selfpref.config.schema import ArchitectureConfig, LoRAConfig, RunConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, LoRAConfig
+from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron import parallel

@@ -30,7 +30,8 @@ from nemo_selfpref.algorithms.judge import (
     reliability,
     teach_judging,
 )
-from nemo_selfpref.config.schema import DataConfig, OptimConfig, RunConfig, TokenizerConfig
+from nemo_selfpref.config.model_schema import OptimConfig, TokenizerConfig
+from nemo_selfpref.config.schema import DataConfig, RunConfig
 from nemo_selfpref.data.sentencepiece_tokenizer import train_sentencepiece
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.errors import ConfigError, RolloutError

@@ -32,7 +32,8 @@ from nemo_selfpref.algorithms.judged import (
     pairs_per_prompt,
 )
 from nemo_selfpref.algorithms.osp import SoftLoss
-from nemo_selfpref.config.schema import ModelConfig, RefMode
+from nemo_selfpref.config.model_schema import ModelConfig
+from nemo_selfpref.config.schema import RefMode
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.objectives.objective import (

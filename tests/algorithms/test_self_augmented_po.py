@@ -11,7 +11,8 @@ from scripted_run import CFG, ScriptedRun, carry_out, configured
 from nemo_selfpref.algorithms.base import Averaging, Reference, TrainSettings
 from nemo_selfpref.algorithms.self_augmented_po import PairLoss, Sampler
 from nemo_selfpref.algorithms.spliced import SplicedPairs
-from nemo_selfpref.config.schema import DataConfig, ModelConfig, RefMode, RolloutConfig, RunConfig
+from nemo_selfpref.config.model_schema import ModelConfig
+from nemo_selfpref.config.schema import DataConfig, RefMode, RolloutConfig, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.objectives.objective import DPOObjective, ORPOObjective

@@ -10,7 +10,8 @@ from nemo_selfpref.algorithms.base import TrainSettings, instruction_text
 from nemo_selfpref.algorithms.improver import ImproverConfig
 from nemo_selfpref.algorithms.sgpo import SGPO
 from nemo_selfpref.algorithms.sgpo_variants import SGPOConfig
-from nemo_selfpref.config.schema import DataConfig, OptimConfig, RunConfig
+from nemo_selfpref.config.model_schema import OptimConfig
+from nemo_selfpref.config.schema import DataConfig, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.objectives.objective import DPOObjective, SFTObjective
 from nemo_selfpref.rollout.targets import TargetsConfig, TargetSource

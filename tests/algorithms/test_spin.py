@@ -6,7 +6,8 @@ import pytest
 from scripted_run import CFG, ScriptedRun, carry_out, configured, question
 
 from nemo_selfpref.algorithms.base import Reference, TrainSettings
-from nemo_selfpref.config.schema import ModelConfig, OptimConfig, RefMode
+from nemo_selfpref.config.model_schema import ModelConfig, OptimConfig
+from nemo_selfpref.config.schema import RefMode
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.objectives.objective import DPOObjective

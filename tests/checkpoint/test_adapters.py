@@ -21,7 +21,7 @@ from nemo_selfpref.checkpoint.training_state import (
     weights_of,
 )
 from nemo_selfpref.checkpoint.verify import hf_logits, policy_logits, verify_export
-from nemo_selfpref.config.schema import LoRAConfig
+from nemo_selfpref.config.model_schema import LoRAConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.lora import is_adapter

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nemo_selfpref.checkpoint.hf_config import read_architecture, write_config
-from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, RopeScalingConfig
 from nemo_selfpref.errors import CheckpointError
 
 CONFIG: dict[str, Any] = {

@@ -19,7 +19,7 @@ from nemo_selfpref.checkpoint.hf_weights import (
     to_huggingface,
     to_megatron,
 )
-from nemo_selfpref.config.schema import ArchitectureConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig
 from nemo_selfpref.errors import CheckpointError
 
 TWO_GROUPS = ArchitectureConfig(

@@ -19,7 +19,8 @@ from nemo_selfpref.checkpoint.training_state import (
     save_training,
     save_weights,
 )
-from nemo_selfpref.config.schema import OptimConfig, OptimizerName, Precision
+from nemo_selfpref.config.model_schema import OptimConfig, OptimizerName
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError

@@ -7,7 +7,8 @@ import pytest
 from nemo_selfpref.algorithms.base import algorithms
 from nemo_selfpref.config.checks import check_architecture, check_config, check_lora
 from nemo_selfpref.config.loader import load_config, to_typed
-from nemo_selfpref.config.schema import ArchitectureConfig, DataConfig, LoRAConfig, RunConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, LoRAConfig
+from nemo_selfpref.config.schema import DataConfig, RunConfig
 from nemo_selfpref.errors import ConfigError
 
 

@@ -6,14 +6,13 @@ from collections.abc import Callable
 import pytest
 
 from nemo_selfpref.config.checks import check_architecture, check_config, check_optim
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     ArchitectureConfig,
-    DataConfig,
     OptimConfig,
     OptimizerName,
-    RunConfig,
     SchedulerConfig,
 )
+from nemo_selfpref.config.schema import DataConfig, RunConfig
 from nemo_selfpref.errors import ConfigError
 
 

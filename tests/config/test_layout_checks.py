@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 
 from nemo_selfpref.config.checks import check_architecture, check_config
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     ArchitectureConfig,
-    DataConfig,
     Fp8Fallback,
     LoRAConfig,
     OptimConfig,
     OptimizerName,
-    RunConfig,
 )
+from nemo_selfpref.config.schema import DataConfig, RunConfig
 from nemo_selfpref.errors import ConfigError
 
 DENSE = ArchitectureConfig(8, 64, 128, 8, 4, 8, 500)

@@ -6,7 +6,8 @@ import pytest
 
 from nemo_selfpref.algorithms.base import algorithms
 from nemo_selfpref.config.loader import load_config, to_typed
-from nemo_selfpref.config.schema import Precision, RunConfig, Scheduler
+from nemo_selfpref.config.model_schema import Scheduler
+from nemo_selfpref.config.schema import Precision, RunConfig
 from nemo_selfpref.errors import ConfigError
 
 SCHEMAS = {name: cls.config_class for name, cls in algorithms().items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import CORPUS, train_byte_level, train_chatml
 
-from nemo_selfpref.config.schema import TokenizerConfig
+from nemo_selfpref.config.model_schema import TokenizerConfig
 from nemo_selfpref.data.sentencepiece_tokenizer import train_sentencepiece
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nemo_selfpref.config.schema import DataConfig, DropReason, TokenizerConfig
+from nemo_selfpref.config.model_schema import TokenizerConfig
+from nemo_selfpref.config.schema import DataConfig, DropReason
 from nemo_selfpref.data.dataset import (
     load_demonstrations,
     load_preferences,

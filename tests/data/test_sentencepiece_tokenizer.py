@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_selfpref.config.schema import TokenizerConfig
+from nemo_selfpref.config.model_schema import TokenizerConfig
 from nemo_selfpref.data.readers import read_rows
 from nemo_selfpref.data.sentencepiece_export import convert, read_model
 from nemo_selfpref.data.sentencepiece_tokenizer import train_sentencepiece

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_selfpref.config.schema import TokenizerConfig, TokenizerLibrary
+from nemo_selfpref.config.model_schema import TokenizerConfig, TokenizerLibrary
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.errors import DataError
 from nemo_selfpref.types import Message

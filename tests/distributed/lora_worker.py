@@ -19,7 +19,8 @@ from nemo_selfpref.checkpoint.lora import FreshAdapters, adapter_shapes
 from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
 from nemo_selfpref.checkpoint.training_state import fill_policy
 from nemo_selfpref.checkpoint.verify import policy_logits
-from nemo_selfpref.config.schema import Accelerator, LoRAConfig, OptimConfig
+from nemo_selfpref.config.model_schema import LoRAConfig, OptimConfig
+from nemo_selfpref.config.schema import Accelerator
 from nemo_selfpref.data.batching import sequences_of
 from nemo_selfpref.data.packing import micro_batches
 from nemo_selfpref.megatron import parallel

@@ -21,16 +21,13 @@ from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
 from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
 from nemo_selfpref.checkpoint.training_state import fill_policy
 from nemo_selfpref.config.checks import check_architecture, check_config
-from nemo_selfpref.config.schema import (
-    Accelerator,
-    AlgorithmConfig,
+from nemo_selfpref.config.model_schema import (
     ArchitectureConfig,
-    DataConfig,
     ModelConfig,
     OptimConfig,
     Recompute,
-    RunConfig,
 )
+from nemo_selfpref.config.schema import Accelerator, AlgorithmConfig, DataConfig, RunConfig
 from nemo_selfpref.data.batching import sequences_of
 from nemo_selfpref.data.packing import micro_batches
 from nemo_selfpref.megatron import parallel

@@ -18,7 +18,7 @@ from tiny import with_adapters
 from nemo_selfpref.checkpoint.sharded import ShardReader
 from nemo_selfpref.checkpoint.training_state import lora_of
 from nemo_selfpref.checkpoint.verify import hf_logits, policy_logits
-from nemo_selfpref.config.schema import LoRAConfig
+from nemo_selfpref.config.model_schema import LoRAConfig
 from nemo_selfpref.megatron.lora import is_adapter
 
 WORKER = Path(__file__).parent / "many_runs.py"

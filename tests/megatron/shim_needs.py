@@ -20,14 +20,8 @@ from megatron.core import tensor_parallel
 
 from nemo_selfpref.checkpoint.hf_weights import RandomSource
 from nemo_selfpref.checkpoint.training_state import fill_policy
-from nemo_selfpref.config.schema import (
-    Accelerator,
-    ArchitectureConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainerConfig,
-)
+from nemo_selfpref.config.model_schema import ArchitectureConfig, ModelConfig, OptimConfig
+from nemo_selfpref.config.schema import Accelerator, RunConfig, TrainerConfig
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.megatron import cpu_shim, gpt, optim, parallel, policy
 from nemo_selfpref.megatron.optim import PolicyOptimizer

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_selfpref.config.schema import AttentionBackend
+from nemo_selfpref.config.model_schema import AttentionBackend
 from nemo_selfpref.data.spans import ContextSlices, Span
 from nemo_selfpref.megatron.attention import PackedCoreAttention
 from nemo_selfpref.megatron.attention_layout import (

@@ -9,7 +9,7 @@ import torch
 from tiny import MakePolicy
 from torch import Tensor
 
-from nemo_selfpref.config.schema import ArchitectureConfig, RopeScalingConfig
+from nemo_selfpref.config.model_schema import ArchitectureConfig, RopeScalingConfig
 from nemo_selfpref.megatron.attention_layout import packed_attention
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import padded_vocab_size, rope_frequencies

@@ -12,13 +12,8 @@ from torch.nn.functional import linear
 
 from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
 from nemo_selfpref.checkpoint.verify import policy_logits
-from nemo_selfpref.config.schema import (
-    LoRAConfig,
-    OptimConfig,
-    OptimizerName,
-    Precision,
-    Recompute,
-)
+from nemo_selfpref.config.model_schema import LoRAConfig, OptimConfig, OptimizerName, Recompute
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.megatron.lora import is_adapter
 from nemo_selfpref.megatron.optim import PolicyOptimizer

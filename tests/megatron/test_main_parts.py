@@ -11,7 +11,8 @@ import torch
 from tiny import in_precision
 from torch import Tensor
 
-from nemo_selfpref.config.schema import OptimConfig, Precision
+from nemo_selfpref.config.model_schema import OptimConfig
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.policy import Policy

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny import MakePolicy, in_precision
 
-from nemo_selfpref.config.schema import (
+from nemo_selfpref.config.model_schema import (
     OptimConfig,
     OptimizerName,
-    Precision,
     Scheduler,
     SchedulerConfig,
 )
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.megatron.optim import PolicyOptimizer, learning_rate_factor, make_scheduler
 from nemo_selfpref.megatron.policy import Policy

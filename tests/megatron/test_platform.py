@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_selfpref.config.schema import (
-    Accelerator,
+from nemo_selfpref.config.model_schema import (
     AttentionBackend,
     Fp8Recipe,
     LogprobBackend,
     LoRAConfig,
     ModelConfig,
-    Precision,
 )
+from nemo_selfpref.config.schema import Accelerator, Precision
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.layers import uses_transformer_engine
 from nemo_selfpref.megatron.platform import Platform, check_platform, select_platform

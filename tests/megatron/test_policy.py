@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import MakePolicy
 
-from nemo_selfpref.config.schema import OptimConfig
+from nemo_selfpref.config.model_schema import OptimConfig
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate, sequences_of
 from nemo_selfpref.megatron.optim import PolicyOptimizer
-from nemo_selfpref.megatron.policy import Policy, _by_tokens
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.megatron.scoring import _by_tokens
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import (
     DPOObjective,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import in_precision
 
-from nemo_selfpref.config.schema import Precision, Recompute
+from nemo_selfpref.config.model_schema import Recompute
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.megatron.attention import PackedCoreAttention
 from nemo_selfpref.megatron.policy import Policy

@@ -9,7 +9,8 @@ from tiny import MakePolicy, in_precision, scale
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
-from nemo_selfpref.config.schema import OptimConfig, Precision
+from nemo_selfpref.config.model_schema import OptimConfig
+from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.megatron.optim import PolicyOptimizer

@@ -9,7 +9,7 @@ from engines import PROMPTS, STOP, Catcher, Caught, engine
 from tiny import MakePolicy, scale
 from torch import Tensor
 
-from nemo_selfpref.config.schema import OptimConfig
+from nemo_selfpref.config.model_schema import OptimConfig
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.megatron.decode import KVDecoder

@@ -13,7 +13,7 @@ import torch
 from tiny import MakePolicy
 
 from nemo_selfpref.checkpoint.files import read_json
-from nemo_selfpref.config.schema import Fp8Fallback, ModelConfig
+from nemo_selfpref.config.model_schema import Fp8Fallback, ModelConfig
 from nemo_selfpref.data.batching import TokenSequence
 from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.megatron.policy import Policy

@@ -15,13 +15,8 @@ from torch import Tensor
 
 from nemo_selfpref.algorithms.base import Averaging, Reference
 from nemo_selfpref.checkpoint.training_state import save_weights
-from nemo_selfpref.config.schema import (
-    LoRAConfig,
-    ModelConfig,
-    Precision,
-    RefMode,
-    RopeScalingConfig,
-)
+from nemo_selfpref.config.model_schema import LoRAConfig, ModelConfig, RopeScalingConfig
+from nemo_selfpref.config.schema import Precision, RefMode
 from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets

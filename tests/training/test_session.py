@@ -10,13 +10,8 @@ from tiny import train_byte_level
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
 from nemo_selfpref.checkpoint.sharded import ShardReader
 from nemo_selfpref.checkpoint.training_state import save_weights
-from nemo_selfpref.config.schema import (
-    ArchitectureConfig,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TokenizerConfig,
-)
+from nemo_selfpref.config.model_schema import ArchitectureConfig, ModelConfig, TokenizerConfig
+from nemo_selfpref.config.schema import DataConfig, RunConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError, ConfigError, DataError
 from nemo_selfpref.megatron.policy import Policy
