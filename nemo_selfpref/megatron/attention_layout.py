@@ -7,6 +7,7 @@ part of either under context parallelism.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,6 +244,11 @@ def _block_mask(spans: Sequence[Span], slices: ContextSlices, device: torch.devi
         own = (k >= first[q]) & (k <= q)
         return own | ((k >= low[q]) & (k < high[q]))
 
-    return create_block_mask(
-        sees, None, None, query_token.numel(), key_token.numel(), device=str(device)
-    )
+    make = _block_mask_maker(device.type == "cuda")
+    return make(sees, None, None, query_token.numel(), key_token.numel(), device=str(device))
+
+
+@functools.cache
+def _block_mask_maker(cuda: bool) -> Any:
+    # Compiled, the rule is never written out for all pairs of tokens, only for blocks of them.
+    return torch.compile(create_block_mask) if cuda else create_block_mask
