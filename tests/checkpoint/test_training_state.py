@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import MakePolicy, in_precision, save_llama
+from tiny import MakePolicy, in_precision, save_llama, with_adapters
 
 from nemo_selfpref.checkpoint.sharded import ShardReader
 from nemo_selfpref.checkpoint.training_state import (
@@ -19,7 +19,7 @@ from nemo_selfpref.checkpoint.training_state import (
     save_training,
     save_weights,
 )
-from nemo_selfpref.config.model_schema import OptimConfig, OptimizerName
+from nemo_selfpref.config.model_schema import LoRAConfig, OptimConfig, OptimizerName
 from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
 from nemo_selfpref.data.tokenizer import ChatTokenizer
@@ -223,3 +223,24 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         )
     load_training(target, policy)
     assert policy.weight_version == 0
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_resuming_adapters_is_bit_for_bit_the_same(
+    split: bool, llama_folder: Path, tmp_path: Path
+) -> None:
+    def make() -> Policy:
+        lora = LoRAConfig(rank=4)
+        return with_adapters(llama_folder, lora, use_distributed_optimizer=split)
+
+    straight = trainer_of(make())
+    for number in range(2):
+        step(straight, number)
+    save_training(tmp_path / "step-2", straight.policy, straight, LIGHTNING)
+    keys = ShardReader(tmp_path / "step-2" / "optimizer").names()
+    assert keys and all(key.endswith(("lora_a", "lora_b")) for key in keys)
+    want = [step(straight, number) for number in (2, 3)]
+    resumed = trainer_of(make())
+    load_training(tmp_path / "step-2", resumed.policy)
+    load_optimizer(tmp_path / "step-2", resumed)
+    assert [step(resumed, number) for number in (2, 3)] == want
