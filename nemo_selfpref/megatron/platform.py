@@ -69,7 +69,6 @@ def select_platform(accelerator: Accelerator) -> Platform:
     )
 
 
-@functools.cache
 def transformer_engine_fault() -> str | None:
     """Why Transformer Engine cannot be used here; None where it can."""
     if not torch.cuda.is_available():
