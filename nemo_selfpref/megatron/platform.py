@@ -112,6 +112,11 @@ def _layers_wanted(model: ModelConfig, precision: Precision, platform: Platform)
                 f"({transformer_engine_fault()}). Set {name}=null, or install the gpu extra on a "
                 "machine with an NVIDIA GPU."
             )
+    if model.transformer_engine and model.lora.rank:
+        yield (
+            f"model.transformer_engine=true with model.lora.rank={model.lora.rank}: Transformer "
+            "Engine's layers take no adapters. Set model.transformer_engine=null or lora.rank=0."
+        )
     if model.fp8_recipe is None:
         return
     if precision is not Precision.bf16:

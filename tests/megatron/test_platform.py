@@ -91,6 +91,12 @@ def test_what_fp8_does_not_go_with(
     check_platform(ModelConfig(fp8_recipe=Fp8Recipe.blockwise), Precision.bf16, WITH_ENGINE)
 
 
+def test_adapters_are_not_put_into_transformer_engines_layers() -> None:
+    model = ModelConfig(transformer_engine=True, lora=LoRAConfig(rank=4))
+    with pytest.raises(ConfigError, match=r"lora\.rank=4: Transformer Engine's layers take no"):
+        check_platform(model, Precision.bf16, WITH_ENGINE)
+
+
 def test_which_layers_are_built() -> None:
     bf16, fp32, lora = Precision.bf16, Precision.fp32, LoRAConfig(rank=4)
     assert uses_transformer_engine(ModelConfig(), bf16, WITH_ENGINE)
