@@ -28,11 +28,8 @@ from common import (
 )
 from material import (
     ModelSize,
-    fitting,
-    make_tokenizer,
-    read_pairs,
     save_model,
-    synthetic_pairs,
+    usable_pairs,
     write_pairs,
 )
 
@@ -112,15 +109,7 @@ class Bench:
 def prepare(args: argparse.Namespace) -> Bench:
     """Pairs, tokenizer and weights below args.work."""
     shutil.rmtree(args.work / "jobs", ignore_errors=True)
-    # Surplus, since some invented pairs are too long.
-    pairs = read_pairs(args.data) if args.data else synthetic_pairs(2 * args.pairs, args.seed)
-    tokenizer = make_tokenizer(pairs, args.size.vocabulary)
-    usable = fitting(pairs, tokenizer, args.size.max_length)
-    if len(usable) < args.pairs:
-        raise BenchmarkError(
-            f"{len(usable)} of {len(pairs)} pairs have at most {args.size.max_length} tokens; "
-            f"--pairs {args.pairs} needs more"
-        )
+    tokenizer, usable = usable_pairs(args.data, "--pairs", args.pairs, args.size, args.seed)
     # The first step's loss is log 2 whatever the model: two steps show that training agrees.
     if args.pairs % args.global_batch or args.pairs < 2 * args.global_batch:
         raise BenchmarkError(

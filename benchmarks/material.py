@@ -106,6 +106,26 @@ def fitting(
     return [pair for pair in pairs if fits(pair)]
 
 
+def usable_pairs(
+    path: Path | None, option: str, count: int, size: ModelSize, seed: int
+) -> tuple[PreTrainedTokenizerFast, list[Pair]]:
+    """The pairs of a file, or made-up ones, that nobody has to cut, and their tokenizer.
+
+    Raises:
+        BenchmarkError: fewer than `count`, which `option` asked for.
+    """
+    # Surplus, since some invented pairs are too long.
+    pairs = read_pairs(path) if path else synthetic_pairs(2 * count, seed)
+    tokenizer = make_tokenizer(pairs, size.vocabulary)
+    usable = fitting(pairs, tokenizer, size.max_length)
+    if len(usable) < count:
+        raise BenchmarkError(
+            f"{len(usable)} of {len(pairs)} pairs have at most {size.max_length} tokens; "
+            f"{option} {count} needs more"
+        )
+    return tokenizer, usable
+
+
 def save_model(folder: Path, size: ModelSize, tokenizer: Any, seed: int) -> None:
     """Random weights and the tokenizer as one Hugging Face folder."""
     torch.manual_seed(seed)

@@ -12,11 +12,8 @@ from typing import Any
 
 from common import BenchmarkError, Spread
 from material import (
-    fitting,
-    make_tokenizer,
-    read_pairs,
     save_model,
-    synthetic_pairs,
+    usable_pairs,
     write_pairs,
 )
 
@@ -79,15 +76,7 @@ class Bench:
 
 def prepare(args: argparse.Namespace) -> Bench:
     """Tokenizer, weights and tokenised pairs, the augmented prompts with them."""
-    # Surplus, since some invented pairs are too long.
-    pairs = read_pairs(args.pairs) if args.pairs else synthetic_pairs(2 * args.count, args.seed)
-    tokenizer = make_tokenizer(pairs, args.size.vocabulary)
-    usable = fitting(pairs, tokenizer, args.size.max_length)
-    if len(usable) < args.count:
-        raise BenchmarkError(
-            f"{len(usable)} of {len(pairs)} pairs have at most {args.size.max_length} tokens; "
-            f"--count {args.count} needs more"
-        )
+    tokenizer, usable = usable_pairs(args.pairs, "--count", args.count, args.size, args.seed)
     write_pairs(args.work / "pairs.jsonl", usable)
     save_model(args.work / "model", args.size, tokenizer, args.seed)
     rows = _tokenised(args)

@@ -199,10 +199,7 @@ def collate(
         targets.extend((prompt + response)[first:])
         target_sequence.extend([index] * (end - first))
         is_response.extend(position >= split for position in range(first, end))
-    padding = -len(packer.tokens) % pad_multiple
-    if padding:
-        packer.add((0,) * padding)
-    return PackedBatch(
+    batch = PackedBatch(
         rows=tuple(row_numbers),
         paired=paired,
         tokens=torch.tensor(packer.tokens, dtype=torch.int64),
@@ -212,8 +209,8 @@ def collate(
         targets=torch.tensor(targets, dtype=torch.int64),
         target_sequence=torch.tensor(target_sequence, dtype=torch.int64),
         target_is_response=torch.tensor(is_response, dtype=torch.bool),
-        padding=padding,
     )
+    return batch.padded(-(-len(packer.tokens) // pad_multiple) * pad_multiple)
 
 
 def _repeated_prompts(sequences: Sequence[TokenSequence]) -> frozenset[TokenIds]:

@@ -94,12 +94,12 @@ def _items(
     budget = rule.micro_batch_tokens
     assert budget is not None
     items: list[Item] = []
-    for numbers in _by_prompt(sequences, row_numbers) if rule.share_prompts else [row_numbers]:
+    alone = [[number] for number in row_numbers]
+    for numbers in _by_prompt(sequences, row_numbers) if rule.share_prompts else alone:
         held: list[int] = []
         for number in numbers:
             together = [s for n in (*held, number) for s in sequences[n]]
-            full = held and _num_tokens(together, rule.share_prompts) > budget
-            if held and (full or not rule.share_prompts):
+            if held and _num_tokens(together, rule.share_prompts) > budget:
                 items.append(_item(held, sequences, rule.share_prompts))
                 held = []
             held.append(number)
