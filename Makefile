@@ -1,5 +1,6 @@
 # make demo   sets up and runs SGPO end to end on a small task
 # make test   sets up and runs the tests
+# make rollout-env  the environment of the vLLM engines, .venv-rollout (no GPU needed)
 # make lint   ruff, pyright
 # make gpu-check  checks, benchmarks and tests on a GPU; says what was skipped. DRY=1: the plan
 # make bench PAIRS=pairs.jsonl  DPO pairs per second, ours over TRL's; without PAIRS, made-up pairs
@@ -14,10 +15,13 @@ TORCH := torch==2.13.0
 BENCH_VENV := .venv-bench
 BENCH_BIN := $(BENCH_VENV)/bin
 BENCH_STAMP := $(BENCH_VENV)/.ready
+ROLLOUT_VENV := .venv-rollout
+ROLLOUT_BIN := $(ROLLOUT_VENV)/bin
+ROLLOUT_STAMP := $(ROLLOUT_VENV)/.ready
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help setup demo test test-slow gpu-check lint bench bench-steps bench-head invariance clean
+.PHONY: help setup rollout-env demo test test-slow gpu-check lint bench bench-steps bench-head invariance clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -36,13 +40,24 @@ $(STAMP): requirements/cpu.txt requirements/dev.txt setup.py
 	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# vLLM's pins clash with NeMo's, so its engines have an environment, and processes, of their own.
+rollout-env: $(ROLLOUT_STAMP)
+
+$(ROLLOUT_STAMP): requirements/rollout-cpu.txt setup.py
+	$(PYTHON) -m venv $(ROLLOUT_VENV)
+	$(ROLLOUT_BIN)/pip install -qq --disable-pip-version-check $(TORCH)
+	$(ROLLOUT_BIN)/pip install -qq --disable-pip-version-check --no-deps \
+	    -r requirements/rollout-cpu.txt
+	$(ROLLOUT_BIN)/pip install -qq --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 demo: setup
 	$(BIN)/selfpref demo
 
-test: setup
+test: setup rollout-env
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: setup
+test-slow: setup rollout-env
 	$(BIN)/python -m pytest -m slow
 
 # The tests run even where a check failed: the two tell different things.
@@ -84,4 +99,4 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) $(ROLLOUT_VENV) runs build dist *.egg-info

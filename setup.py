@@ -26,6 +26,10 @@ REQUIRES = [
     "tokenizers>=0.22",
     "safetensors>=0.5",
     "pyarrow>=17",
+    # Rollout servers and their clients; every record that travels is checked by pydantic.
+    "fastapi>=0.115",
+    "pydantic>=2.9,<3",
+    "uvicorn>=0.30",
     "httpx>=0.27",
     "tenacity>=8",
     "rich>=13",

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import read_json, write_json
 
 _LOG_LINES = 25
 

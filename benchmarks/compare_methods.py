@@ -25,13 +25,13 @@ import torch
 
 from nemo_selfpref import __version__
 from nemo_selfpref.algorithms.base import algorithms
-from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
 from nemo_selfpref.config.loader import load_config
 from nemo_selfpref.config.paths import conf_dir
 from nemo_selfpref.data.dataset import load_prompts
 from nemo_selfpref.demo.run import PROMPTS, DemoSize, write_data
 from nemo_selfpref.demo.task import corrupt, score
 from nemo_selfpref.demo.teacher import MODEL, serving
+from nemo_selfpref.files import read_json, write_json, write_text
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.training.generate import answer_prompts
 from nemo_selfpref.training.train import train

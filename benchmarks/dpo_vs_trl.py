@@ -33,8 +33,8 @@ from material import (
     write_pairs,
 )
 
-from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.errors import SelfPrefError
+from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.monitor.console import Console
 
 BAR = 2.0

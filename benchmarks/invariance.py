@@ -18,7 +18,7 @@ from typing import Any
 
 from common import machine, versions
 
-from nemo_selfpref.checkpoint.files import write_json
+from nemo_selfpref.files import write_json
 from nemo_selfpref.monitor.console import Console
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nemo_selfpref import __version__
-from nemo_selfpref.checkpoint.files import write_json
+from nemo_selfpref.files import write_json
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.objectives.logprobs import token_logprobs
 

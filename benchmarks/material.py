@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from nemo_selfpref.checkpoint.files import write_text
+from nemo_selfpref.files import write_text
 
 Pair = dict[str, str]
 FIELDS = ("prompt", "chosen", "rejected")

@@ -20,8 +20,8 @@ import torch
 from common import BenchmarkError, versions
 
 from nemo_selfpref.algorithms.base import algorithms
-from nemo_selfpref.checkpoint.files import write_json
 from nemo_selfpref.config.loader import load_config
+from nemo_selfpref.files import write_json
 from nemo_selfpref.training import trainer
 from nemo_selfpref.training.run import Run
 from nemo_selfpref.training.steps import FixedSteps

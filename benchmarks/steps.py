@@ -24,8 +24,8 @@ from material import ModelSize
 from steps_kit import Bench, Part, prepare
 from steps_parts import PARTS
 
-from nemo_selfpref.checkpoint.files import write_json
 from nemo_selfpref.errors import SelfPrefError
+from nemo_selfpref.files import write_json
 from nemo_selfpref.megatron import parallel
 from nemo_selfpref.monitor.console import Console
 

@@ -33,10 +33,10 @@ from steps_kit import (
 )
 
 from nemo_selfpref.algorithms.base import Averaging
-from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.config.schema import RefMode
 from nemo_selfpref.data.batching import PackedBatch, collate, sequences_of
 from nemo_selfpref.data.packing import PackingRule, micro_batches
+from nemo_selfpref.files import read_json
 from nemo_selfpref.objectives.objective import DPOObjective, Objective, SFTObjective, SrDPOObjective
 from nemo_selfpref.pairing.segments import Segment, plan_segment, splice
 from nemo_selfpref.rollout.sampling import seed_of, uniform

@@ -18,6 +18,23 @@ class RolloutError(SelfPrefError, RuntimeError):
     """Generation failed: a teacher endpoint, an engine, or a sample that breaks the contract."""
 
 
+class RolloutTimeout(RolloutError):
+    """An engine did not answer, or a wait did not end, within its deadline."""
+
+
+class RolloutCancelled(RolloutError):
+    """Whoever asked no longer wants the answer."""
+
+
+class StaleWeightsError(RolloutError):
+    """An engine holds other weights than those it was asked for. Nothing was sampled."""
+
+
+class WeightSyncError(RolloutError):
+    """New weights were refused or did not arrive whole; the message says what the engine holds
+    now."""
+
+
 class TrainingError(SelfPrefError, RuntimeError):
     """Training cannot go on: a loss that is not a number. The weights are as before the step."""
 

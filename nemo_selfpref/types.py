@@ -72,18 +72,24 @@ TrainingRow = Demonstration | PreferencePair
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. Temperature 0 is greedy; top_p 1 and top_k 0 switch those cuts off."""
+    """How to sample. Temperature 0 is greedy; top_p 1 and top_k 0 switch those cuts off.
+
+    `stop_token_ids` end an answer, beside the engine's own stop tokens.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop_token_ids: TokenIds = ()
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """One completion to sample. `seed` alone decides the draw, whatever the batch or layout.
 
+    Several answers to one prompt are several requests; an engine reads their prompt once where it
+    can. To continue an answer, its first tokens are the end of `prompt_ids`.
     `max_new_tokens` lowers the limit of the SamplingParams for this request.
     """
 
@@ -111,6 +117,7 @@ class Completion:
 
     `token_ids` includes the stop token when finish_reason is STOP; `logprobs` are the untempered
     log-probabilities of those tokens, one each; `weight_version` names the weights that made it.
+    `cached_tokens` of the prompt were not computed anew.
     """
 
     id: str
@@ -119,6 +126,7 @@ class Completion:
     finish_reason: FinishReason
     weight_set: WeightSet
     weight_version: int
+    cached_tokens: int = 0
 
 
 @dataclass

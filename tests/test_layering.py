@@ -16,7 +16,7 @@ ROOT = Path(nemo_selfpref.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "types", "files"},
     {"monitor"},
     {"config"},
     {"data"},

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_selfpref.checkpoint.files import new_folder, sha256_of, write_json
 from nemo_selfpref.checkpoint.hf_config import write_config
 from nemo_selfpref.checkpoint.hf_weights import megatron_shapes, to_huggingface
 from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import architecture_of, merged_weights_of
 from nemo_selfpref.config.model_schema import ArchitectureConfig, TokenizerConfig
 from nemo_selfpref.data.tokenizer import load_tokenizer
+from nemo_selfpref.files import new_folder, sha256_of, write_json
 
 _FILE_BYTES = 4 * 2**30
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.config.model_schema import ArchitectureConfig, RopeScalingConfig
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import read_json
 
 _ROPE_TYPES = {"default", "linear", "llama3"}
 

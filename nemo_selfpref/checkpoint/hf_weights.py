@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.config.model_schema import ArchitectureConfig
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import read_json
 
 Fetch = Callable[[str], Tensor]
 

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_selfpref.checkpoint.files import read_json, sha256_of, write_json
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import read_json, sha256_of, write_json
 from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 
 INDEX = "index.json"

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from nemo_selfpref.checkpoint.files import publish_folder, read_json, write_json
 from nemo_selfpref.checkpoint.lora import MergedSource, check_same_adapters
 from nemo_selfpref.checkpoint.sharded import (
     ShardReader,
@@ -31,6 +30,7 @@ from nemo_selfpref.checkpoint.sharded import (
 from nemo_selfpref.config.model_schema import ArchitectureConfig, LoRAConfig, RopeScalingConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import publish_folder, read_json, write_json
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.policy import Policy

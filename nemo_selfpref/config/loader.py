@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +18,21 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_selfpref.config.paths import conf_dir
-from nemo_selfpref.config.schema import AlgorithmConfig, RunConfig
+from nemo_selfpref.config.schema import AlgorithmConfig, RolloutEngineName, RunConfig
 from nemo_selfpref.errors import ConfigError
+
+
+@dataclass
+class _RunSchema(RunConfig):
+    """The schema with the groups it is composed of, for Hydra; `rollout=vllm` picks another."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"rollout": "embedded"}])
 
 
 def register_schemas(algorithm_configs: dict[str, type[AlgorithmConfig]]) -> None:
     """Make the typed groups known to Hydra under the names that the YAML files build on."""
     store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
+    store.store(name="run_schema", node=_RunSchema)
     for name, schema in algorithm_configs.items():
         store.store(group="algorithm", name=name, node=schema)
 
@@ -109,7 +116,9 @@ def _explain(
     option = re.search(r"Could not find '(\S+?)/(\S+)'", text)
     if option:
         group, value = option.groups()
-        return f"{group}={value}: expected one of {', '.join(sorted(algorithm_configs))}"
+        known_values = [e.name for e in RolloutEngineName] if group == "rollout" else None
+        names = known_values or sorted(algorithm_configs)
+        return f"{group}={value}: expected one of {', '.join(names)}"
     found = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
         r"Could not override '([^']+)'", text
     )

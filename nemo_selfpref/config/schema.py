@@ -122,11 +122,94 @@ class DataConfig:
 
 class RolloutEngineName(Enum):
     embedded = "embedded"
+    """In the trainer, on its own weights."""
+    vllm = "vllm"
+    """vLLM in processes and an environment of its own."""
+
+
+class Placement(Enum):
+    """Where engines run, and how many sets of weights each holds."""
+
+    colocated = "colocated"
+    """One engine a set of weights, on the trainer's devices; on a GPU it sleeps while the trainer
+    works."""
+    disaggregated = "disaggregated"
+    """One engine a set of weights, on devices of its own."""
+    shared = "shared"
+    """One engine for all sets; they are swapped in as they are asked for."""
+
+
+class StaleSamples(Enum):
+    refuse = "refuse"
+    count = "count"
+
+
+class WeightTransport(Enum):
+    folder = "folder"
+    """Files in shared memory, or in a folder that trainer and engines both see."""
+    nccl = "nccl"
+    """Broadcast from GPU to GPU, across nodes."""
+    gloo = "gloo"
+    """Broadcast over the network from CPU to CPU."""
+
+
+@dataclass
+class VLLMConfig:
+    """Rollout servers with vLLM: those at `urls`, or one that the run starts on this machine."""
+
+    urls: list[str] = field(default_factory=list)
+    """Servers that run already (selfpref serve); empty starts one beside the trainer."""
+    token_file: str | None = None
+    """File with the bearer token, mode 0600; null makes one in the run's folder."""
+    host: str = "127.0.0.1"
+    """Address a started server listens on."""
+    port: int = 0
+    """Its port; 0 takes any free one."""
+    python: str = ".venv-rollout/bin/python"
+    """Interpreter of the environment with vLLM."""
+    engines_per_set: int = 1
+    devices: list[str] = field(default_factory=list)
+    """CUDA_VISIBLE_DEVICES of each engine, one entry an engine; empty leaves it as it is."""
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gb: float | None = None
+    """Memory of the key-value cache; null: what vLLM takes on a GPU, 1 GB on a CPU."""
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    transport: WeightTransport = WeightTransport.folder
+    weights_dir: str | None = None
+    """Where new weights are put; null: a folder of the run's own in /dev/shm."""
+    probe_tolerance: float | None = None
+    """Largest difference of a token's log-prob between trainer and engine on a fixed text, after
+    new weights were loaded; null: 1e-3 in float32, 0.1 in bf16."""
+    start_timeout_s: float = 600.0
+    sync_timeout_s: float = 600.0
+    health_every_s: float = 2.0
+    suspect_after: int = 3
+    """Failed probes in a row after which an engine gets no more work and is restarted."""
+    max_restarts: int = 3
+    """How often one engine may be started again in a run."""
+    min_engines: int = 1
+    """Fewer engines of a set than this stop the run, with everything saved."""
 
 
 @dataclass
 class RolloutConfig:
     engine: RolloutEngineName = RolloutEngineName.embedded
+    placement: Placement = Placement.colocated
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    timeout_s: float = 3600.0
+    """How long one batch of answers is waited for."""
+    max_staleness: int = 0
+    """Answers may be sampled with weights this many optimizer steps old, while the trainer works
+    on earlier ones; 0 is strictly on-policy."""
+    stale_samples: StaleSamples = StaleSamples.refuse
+    """What becomes of answers that are older: the run stops, or they are counted and used."""
+    check_samples: int = 8
+    """Answers a step whose log-probs the trainer computes again, to compare; 0 switches it off."""
+    logprob_alarm: float = 0.05
+    """Warn where they differ by more than this, in the mean over tokens."""
     temperature: float = 0.7
     top_p: float = 0.9
     top_k: int = 0

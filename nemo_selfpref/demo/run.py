@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_selfpref.checkpoint.files import read_json, write_json, write_text
 from nemo_selfpref.config.paths import conf_dir
 from nemo_selfpref.data.templates import PromptTemplate, load_template
 from nemo_selfpref.demo.task import corrupt, make_instructions, oracle, score
 from nemo_selfpref.demo.teacher import MODEL, serving
 from nemo_selfpref.errors import SelfPrefError
+from nemo_selfpref.files import read_json, write_json, write_text
 from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
 
 PROMPTS = Path(__file__).parent / "prompts"

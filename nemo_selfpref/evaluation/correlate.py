@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import Tensor
 
 from nemo_selfpref.algorithms.refinement import AUGMENT_SLOTS, augment
-from nemo_selfpref.checkpoint.files import write_json
 from nemo_selfpref.config.paths import prompts_dir
 from nemo_selfpref.config.schema import DataConfig
 from nemo_selfpref.data.batching import TokenSequence, sequences_of
@@ -25,6 +24,7 @@ from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError, DataError
 from nemo_selfpref.evaluation.marginals import check_differences, correlation, marginals
 from nemo_selfpref.evaluation.options import common_tokenizer, data_settings, settings_as_options
+from nemo_selfpref.files import write_json
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.training.convert import single_process_policy
 from nemo_selfpref.types import DropReport, PreferencePair

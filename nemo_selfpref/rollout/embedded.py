@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemo_selfpref.errors import RolloutError
+from nemo_selfpref.errors import RolloutCancelled, RolloutError
+from nemo_selfpref.rollout.engine import FOREVER, Until
 from nemo_selfpref.rollout.sampling import sample, uniform
 from nemo_selfpref.types import (
     Completion,
@@ -63,6 +64,7 @@ class EmbeddedEngine:
         replica, num_replicas: this rank's data-parallel place; each replica takes its share.
         gather: joins the replicas' JSON results, in replica order.
         gather_stages: the same over the pipeline, whose last stage knows the log-probs.
+        agree: whether any rank of the run says so; every rank must give up at the same token.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class EmbeddedEngine:
         num_replicas: int = 1,
         gather: Callable[[Any], list[Any]] = lambda value: [value],
         gather_stages: Callable[[Any], list[Any]] = lambda value: [value],
+        agree: Callable[[bool], bool] = lambda over: over,
     ) -> None:
         self.decoder, self.stop_ids, self.max_length = decoder, stop_ids, max_length
         self.batch_size, self.replica, self.num_replicas = batch_size, replica, num_replicas
-        self._gather, self._gather_stages = gather, gather_stages
+        self._gather, self._gather_stages, self._agree = gather, gather_stages, agree
 
     def generate(
         self,
@@ -87,6 +90,7 @@ class EmbeddedEngine:
         params: SamplingParams,
         weight_set: WeightSet = WeightSet.POLICY,
         on_done: Callable[[int, int], None] | None = None,
+        until: Until = FOREVER,
     ) -> list[Completion]:
         """See RolloutEngine.generate."""
         running = [_Running(i, r, _limit(r, params)) for i, r in enumerate(requests)]
@@ -94,11 +98,11 @@ class EmbeddedEngine:
             self._check(sequence.request.id, sequence.request.prompt_ids, sequence.limit)
 
         def decode(numbers: list[int]) -> tuple[dict[str, list[Any]], int]:
-            finished = self._decode([running[n] for n in numbers], params)
+            finished = self._decode([running[n] for n in numbers], params, until)
             return finished, sum(len(entry[0]) for entry in finished.values())
 
         with self.decoder.using(weight_set) as version:
-            done = self._over_replicas([r.prompt_ids for r in requests], decode, on_done)
+            done = self._over_replicas([r.prompt_ids for r in requests], decode, on_done, until)
         return [_completion(r, e, weight_set, version) for r, e in zip(requests, done, strict=True)]
 
     def label_scores(
@@ -107,6 +111,7 @@ class EmbeddedEngine:
         labels: TokenIds,
         weight_set: WeightSet = WeightSet.POLICY,
         on_done: Callable[[int, int], None] | None = None,
+        until: Until = FOREVER,
     ) -> list[LabelScores]:
         """See RolloutEngine.label_scores."""
         for number, prompt in enumerate(prompts):
@@ -121,7 +126,7 @@ class EmbeddedEngine:
             return {str(n): row for n, row in zip(numbers, rows.tolist(), strict=True)}, 0
 
         with self.decoder.using(weight_set):
-            done = self._over_replicas(prompts, weigh, on_done)
+            done = self._over_replicas(prompts, weigh, on_done, until)
         return [LabelScores(tuple(row[:-1]), row[-1]) for row in done]
 
     def _over_replicas(
@@ -129,13 +134,19 @@ class EmbeddedEngine:
         prompts: Sequence[TokenIds],
         work: Callable[[list[int]], tuple[dict[str, list[Any]], int]],
         on_done: Callable[[int, int], None] | None,
+        until: Until,
     ) -> list[list[Any]]:
         """Share the prompts out, longest first, and join what `work` makes of each batch."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         mine = order[self.replica :: self.num_replicas]
         done: dict[str, list[Any]] = {}
         with torch.no_grad():
-            for batch in _chunks(mine, self.batch_size):
+            # As many rounds on every replica, so that all of them look at the time together.
+            for start in range(0, -(-len(order) // self.num_replicas), self.batch_size):
+                self._check_time(until)
+                batch = mine[start : start + self.batch_size]
+                if not batch:
+                    continue
                 finished, tokens = work(batch)
                 done.update(self._gather_stages(finished)[-1])
                 if on_done is not None:
@@ -143,6 +154,12 @@ class EmbeddedEngine:
         for part in self._gather(done):
             done.update(part)
         return [done[str(i)] for i in range(len(prompts))]
+
+    def _check_time(self, until: Until) -> None:
+        """Give up where `until` is over for any rank. Collective."""
+        if until is not FOREVER and self._agree(until.over):
+            until.check("sampling")
+            raise RolloutCancelled("sampling: another rank gave up")
 
     def _check(self, name: str, prompt: TokenIds, new_tokens: int) -> None:
         if not prompt:
@@ -154,16 +171,21 @@ class EmbeddedEngine:
                 "Lower rollout.max_new_tokens or data.max_prompt_length."
             )
 
-    def _decode(self, batch: list[_Running], params: SamplingParams) -> dict[str, list[Any]]:
+    def _decode(
+        self, batch: list[_Running], params: SamplingParams, until: Until
+    ) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {}
         active = batch
         longest = max(s.limit for s in active)
+        stop_ids = self.stop_ids | set(params.stop_token_ids)
         logits = self.decoder.begin([s.request.prompt_ids for s in active], longest)
         for step in range(longest):
             tokens = self._sample(active, logits, params, step)
-            self._append(active, tokens)
+            self._append(active, tokens, stop_ids)
             if all(s.finished for s in active):
                 break
+            if self.num_replicas == 1:  # others decode for another number of steps
+                self._check_time(until)
             active, tokens = self._compact(active, tokens)
             logits = self.decoder.advance(tokens)
         for sequence in batch:
@@ -183,11 +205,11 @@ class EmbeddedEngine:
                     sequence.logprobs.append(value)
         return self.decoder.share(tokens, len(active))
 
-    def _append(self, active: list[_Running], tokens: Tensor) -> None:
+    def _append(self, active: list[_Running], tokens: Tensor, stop_ids: frozenset[int]) -> None:
         for sequence, token in zip(active, tokens.tolist(), strict=True):
             if not sequence.finished:
                 sequence.token_ids.append(token)
-                sequence.stopped = token in self.stop_ids
+                sequence.stopped = token in stop_ids
 
     def _compact(self, active: list[_Running], tokens: Tensor) -> tuple[list[_Running], Tensor]:
         running = [i for i, s in enumerate(active) if not s.finished]
@@ -196,11 +218,6 @@ class EmbeddedEngine:
         rows = torch.tensor(running, device=tokens.device)
         self.decoder.keep(rows)
         return [active[i] for i in running], tokens[rows]
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _limit(request: GenerationRequest, params: SamplingParams) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_selfpref.checkpoint.files import read_json, write_json
+from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest, write_requests
 from nemo_selfpref.training.stages import Stages

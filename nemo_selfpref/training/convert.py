@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_selfpref.checkpoint.export import export_checkpoint
-from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.checkpoint.training_state import is_checkpoint, read_manifest, save_weights
 from nemo_selfpref.checkpoint.verify import verify_export
 from nemo_selfpref.config.model_schema import ModelConfig
@@ -17,6 +16,7 @@ from nemo_selfpref.config.schema import (
     TrainerConfig,
 )
 from nemo_selfpref.errors import CheckpointError, ConfigError
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.training.session import Start, build_policy, find_start
 

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from nemo_selfpref.algorithms.base import Averaging, Reference
-from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
 from nemo_selfpref.config.schema import RefMode
+from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.types import WeightSet

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
-from nemo_selfpref.checkpoint.files import write_text
 from nemo_selfpref.checkpoint.training_state import is_checkpoint
 from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.files import write_text
 from nemo_selfpref.models.nemo_adapter import exp_manager
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
 from nemo_selfpref.models.stage import TrainingStage

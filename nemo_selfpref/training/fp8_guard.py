@@ -16,10 +16,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.config.model_schema import Fp8Fallback, ModelConfig
 from nemo_selfpref.data.batching import sequences_of
 from nemo_selfpref.errors import TrainingError
+from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.models.stage import Step, StepSource
 from nemo_selfpref.objectives.objective import Pass

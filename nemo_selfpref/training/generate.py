@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_selfpref.checkpoint.files import write_text
 from nemo_selfpref.data.dataset import load_prompts
 from nemo_selfpref.errors import ConfigError
+from nemo_selfpref.files import write_text
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.convert import single_process_policy

@@ -22,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from nemo_selfpref.checkpoint.files import write_bytes
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import write_bytes
 
 Entry = tuple[float, int]
 """Log-prob sum of a response and its length in tokens."""

@@ -147,4 +147,5 @@ def embedded_engine(
         num_replicas=count,
         gather=lambda value: parallel.all_gather_json(value, replicas, device),
         gather_stages=lambda value: parallel.all_gather_json(value, stages, device),
+        agree=lambda over: any(parallel.all_gather_json(over, parallel.world_group(), device)),
     )

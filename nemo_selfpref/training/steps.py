@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import PairMaker
-from nemo_selfpref.checkpoint.files import read_json, write_json
 from nemo_selfpref.data.batching import StepPlan, TokenSequence
 from nemo_selfpref.errors import TrainingError
+from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.scoring import SequenceLogps

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_selfpref.algorithms.base import algorithms
-from nemo_selfpref.checkpoint.files import fsync_path, read_json, write_json, write_text
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import CheckpointError, ConfigError
+from nemo_selfpref.files import fsync_path, read_json, write_json, write_text
 from nemo_selfpref.types import (
     Completion,
     FinishReason,

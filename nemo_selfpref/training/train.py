@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from nemo_selfpref.algorithms.base import Algorithm, algorithms
-from nemo_selfpref.checkpoint.files import write_json
 from nemo_selfpref.config.checks import check_config
 from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
+from nemo_selfpref.files import write_json
 from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from tiny import with_adapters
 from torch import Tensor
 
 from nemo_selfpref.checkpoint.export import export_checkpoint
-from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.checkpoint.hf_weights import RandomSource
 from nemo_selfpref.checkpoint.lora import FreshAdapters, MergedSource, adapter_shapes
 from nemo_selfpref.checkpoint.training_state import (
@@ -24,6 +23,7 @@ from nemo_selfpref.checkpoint.verify import hf_logits, policy_logits, verify_exp
 from nemo_selfpref.config.model_schema import LoRAConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import ConfigError
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.lora import is_adapter
 from nemo_selfpref.megatron.policy import Policy
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nemo_selfpref.checkpoint import export
 from nemo_selfpref.checkpoint.export import export_checkpoint
-from nemo_selfpref.checkpoint.files import sha256_of
 from nemo_selfpref.checkpoint.training_state import save_weights
 from nemo_selfpref.checkpoint.verify import (
     PROBES,
@@ -28,6 +27,7 @@ from nemo_selfpref.checkpoint.verify import (
 )
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import sha256_of
 from nemo_selfpref.megatron.policy import Policy
 
 TOLERANCE = 1e-4

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_selfpref.checkpoint.files import write_json
 from nemo_selfpref.checkpoint.sharded import (
     ShardReader,
     ShardWriter,
@@ -19,6 +18,7 @@ from nemo_selfpref.checkpoint.sharded import (
     write_index,
 )
 from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import write_json
 from nemo_selfpref.megatron.policy import Policy
 
 WHOLE = torch.arange(24.0).reshape(6, 4)

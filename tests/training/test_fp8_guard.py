@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import MakePolicy
 
-from nemo_selfpref.checkpoint.files import read_json
 from nemo_selfpref.config.model_schema import Fp8Fallback, ModelConfig
 from nemo_selfpref.data.batching import TokenSequence
 from nemo_selfpref.errors import TrainingError
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.scoring import SequenceLogps
 from nemo_selfpref.models.stage import Step

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_selfpref.checkpoint.files import (
+from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.files import (
     new_folder,
     publish_folder,
     read_json,
@@ -13,7 +14,6 @@ from nemo_selfpref.checkpoint.files import (
     write_json,
     write_text,
 )
-from nemo_selfpref.errors import CheckpointError
 
 
 def test_text_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:

@@ -70,10 +70,11 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary folder beside `target` that takes its name when the block succeeds.
 
-    An existing target is replaced only then; a failure leaves it as it was.
+    An existing target is replaced only then; a failure leaves it as it was. What need not outlive
+    the machine's next start (durable=False) is not flushed to the disk.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
@@ -84,18 +85,20 @@ def new_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    publish_folder(temporary, target)
+    publish_folder(temporary, target, durable)
 
 
-def publish_folder(temporary: Path, target: Path) -> None:
+def publish_folder(temporary: Path, target: Path, durable: bool = True) -> None:
     """Flush everything below `temporary` and give it the name `target`."""
-    for path in sorted(temporary.rglob("*")):
+    for path in sorted(temporary.rglob("*")) if durable else ():
         fsync_path(path)
-    fsync_path(temporary)
+    if durable:
+        fsync_path(temporary)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(temporary, target)
-    fsync_path(target.parent)
+    if durable:
+        fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)

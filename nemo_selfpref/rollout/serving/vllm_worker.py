@@ -1,0 +1,49 @@
+"""What runs inside vLLM's own workers: taking in new weights. Loaded by vLLM, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+
+class WeightReceiver:
+    """Mixed into every vLLM worker (worker_extension_cls)."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def selfpref_load(self, folder: str) -> None:
+        """Load every tensor of a folder of safetensors files; the caller has verified them.
+
+        A plain load_weights would write into weights that were repacked for the processor or the
+        quantisation; vLLM's layerwise reload unpacks, loads and packs again.
+        """
+        config = import_module("vllm.config")
+        reload = import_module("vllm.model_executor.model_loader.reload")
+        model = self.model_runner.get_model()
+        with config.set_current_vllm_config(self.vllm_config), torch.inference_mode():
+            reload.initialize_layerwise_reload(model)
+            model.load_weights(_tensors(Path(folder)))
+            reload.finalize_layerwise_reload(model, self.model_runner.model_config)
+            _pack_tied_head(model)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                yield name, handle.get_tensor(name)
+
+
+def _pack_tied_head(model: Any) -> None:
+    """An output layer tied to the embedding keeps its old packed weights otherwise, silently."""
+    head = getattr(model, "lm_head", None)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    method = getattr(head, "quant_method", None)
+    if tied and method is not None:
+        method.process_weights_after_loading(head)
