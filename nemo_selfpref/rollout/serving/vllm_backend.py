@@ -101,7 +101,10 @@ class VLLMBackend:
         first = _Held(Path(spec.model), INITIAL)
         self._held = {WeightSet(name): first for name in spec.weight_sets}
         self._loaded = next(iter(self._held))
-        self._facts: dict[str, TensorFacts] = facts_of_folder(first.folder)
+        # Sent in the engine's own type, whatever that of the folder is.
+        self._facts: dict[str, TensorFacts] = {
+            name: (shape, spec.dtype) for name, (shape, _) in facts_of_folder(first.folder).items()
+        }
         self._engine, self._vllm = _build(spec)
         self._info = self._describe()
         self._inbox: queue.SimpleQueue[_Job | _Order | None] = queue.SimpleQueue()
