@@ -1,4 +1,5 @@
-"""The command line: selfpref train | generate | import | export | correlate | methods | demo."""
+"""The command line: selfpref train | serve | generate | import | export | correlate | methods |
+demo."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ examples:
       model.restore_from_path=HF_DIR data.train_path=[sft.jsonl] \\
       algorithm.targets.source=file algorithm.targets.path=answers.jsonl
   selfpref train --config-name dpo --cfg job       show the settings, run nothing
+  selfpref serve --config-name sgpo model.restore_from_path=HF_DIR
   selfpref export --checkpoint runs/sgpo/checkpoint --out my-model
 """
 
@@ -32,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemo_selfpref {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_parser(commands)
+    _serve_parser(commands)
     _generate_parser(commands)
     _import_parser(commands)
     _export_parser(commands)
@@ -52,6 +55,22 @@ def _train_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     train.add_argument("--cfg", choices=["job"], help="print the resolved settings and stop")
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(act=_train)
+
+
+def _serve_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="start vLLM rollout servers for trainings and OpenAI clients",
+        description="Start the engines of a configuration (rollout.vllm.*) and answer until "
+        "Ctrl-C. No data is needed; model.restore_from_path is a Hugging Face folder.",
+    )
+    serve.add_argument("--config-name", required=True, help="as in training: the same settings")
+    serve.add_argument("--config-dir", type=Path, help="a folder with YAML files of your own")
+    serve.add_argument(
+        "--weights", default="policy,ema", metavar="SETS", help="out of policy,ema,frozen,lagged"
+    )
+    serve.add_argument("overrides", nargs="*", metavar="key=value")
+    serve.set_defaults(act=_serve)
 
 
 def _generate_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -160,6 +179,14 @@ def _known_name(name: str, folder: Path | None) -> str:
     meant, warning = ALIASES[name]
     sys.stderr.write(f"selfpref: warning: {name} is {meant} here; {warning}\n")
     return meant
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.serve import serve
+
+    args.config_name = _known_name(args.config_name, args.config_dir)
+    serve(args)
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

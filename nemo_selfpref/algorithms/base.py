@@ -204,6 +204,11 @@ class Algorithm(ABC):
     def run(self, run: RunContext) -> None:
         """The method, from data to trained policy."""
 
+    def asked_weights(self) -> frozenset[WeightSet]:
+        """The sets of weights the method samples from or judges with; an engine of its own holds
+        these and no others."""
+        return frozenset()
+
     def check(self, cfg: RunConfig) -> None:  # noqa: B027 (most methods have nothing to check)
         """Raise ConfigError for settings that contradict each other."""
 

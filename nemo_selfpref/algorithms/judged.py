@@ -86,6 +86,16 @@ def pairs_per_prompt(config: JudgedConfig) -> int:
     return each.get(config.pairing, samples // 2)
 
 
+def asked_by_judged(config: JudgedConfig, soft: bool) -> frozenset[WeightSet]:
+    """Which weights answer and judge."""
+    judged = frozenset({WeightSet.FROZEN} if soft else set())
+    if config.sampling is Sampling.offline:
+        return judged
+    scored = config.pairing in (Pairing.ranked, Pairing.raft)
+    answerer = WeightSet.POLICY if config.sampling is Sampling.on_policy else WeightSet.FROZEN
+    return judged | {answerer, *([WeightSet.FROZEN] if scored else [])}
+
+
 class JudgedPairs(PairMaker):
     """OSP's pairs (section 3.2, algorithm 1). The judge is the frozen policy.
 

@@ -16,6 +16,7 @@ from nemo_selfpref.algorithms.judged import (
     JudgedPairs,
     Pairing,
     Sampling,
+    asked_by_judged,
     check_judged,
     pairs_per_prompt,
     with_strength,
@@ -34,6 +35,7 @@ from nemo_selfpref.objectives.objective import (
     SFTObjective,
     SPCEObjective,
 )
+from nemo_selfpref.types import WeightSet
 
 SoftLoss = Enum("SoftLoss", ["spce", "dpo", "ipo", "sft"])
 
@@ -59,6 +61,9 @@ class OSP(Algorithm):
         if imitates != (c.pairing is Pairing.raft):
             raise ConfigError("algorithm.loss=sft and algorithm.pairing=raft go together only")
         check_reference(c, REFERENCE_FREE if imitates else ONE_STAGE)
+
+    def asked_weights(self) -> frozenset[WeightSet]:
+        return asked_by_judged(self.config, soft=self.config.loss is SoftLoss.spce)
 
     def run(self, run: RunContext) -> None:
         c, soft = self.config, self.config.loss is SoftLoss.spce

@@ -43,6 +43,9 @@ class RAFT(Algorithm):
         self.config.judge.check()
         check_ref(self.config.ref, REFERENCE_FREE)
 
+    def asked_weights(self) -> frozenset[WeightSet]:
+        return frozenset({WeightSet.POLICY, WeightSet.FROZEN})
+
     def run(self, run: RunContext) -> None:
         c, rows = self.config, run.prompt_rows()
         teach_judging(run, c.judge)

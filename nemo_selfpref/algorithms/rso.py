@@ -58,6 +58,9 @@ class RSO(Algorithm):
         c.judge.check()
         check_reference(c, ONE_STAGE)
 
+    def asked_weights(self) -> frozenset[WeightSet]:
+        return frozenset({WeightSet.POLICY, WeightSet.FROZEN})
+
     def run(self, run: RunContext) -> None:
         c, rows = self.config, run.prompt_rows()
         teach_judging(run, c.judge)

@@ -67,6 +67,10 @@ class SelfAugmentedPO(Algorithm):
                 "would cut segments short. Lower the first or raise the second."
             )
 
+    def asked_weights(self) -> frozenset[WeightSet]:
+        on_policy = self.config.sampler is Sampler.policy
+        return frozenset({WeightSet.POLICY if on_policy else WeightSet.EMA})
+
     def run(self, run: RunContext) -> None:
         c, on_policy = self.config, self.config.sampler is Sampler.policy
         capacity = 2000 if c.replay_capacity is None else c.replay_capacity

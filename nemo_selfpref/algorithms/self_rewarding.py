@@ -51,6 +51,9 @@ class SelfRewarding(Algorithm):
         self.config.judge.check()
         check_reference(self.config, ITERATED)
 
+    def asked_weights(self) -> frozenset[WeightSet]:
+        return frozenset({WeightSet.POLICY})
+
     def run(self, run: RunContext) -> None:
         c, rows = self.config, run.prompt_rows()
         teach_judging(run, c.judge)

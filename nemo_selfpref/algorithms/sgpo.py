@@ -32,6 +32,10 @@ class SGPO(Algorithm):
         check_variant(self.config.variant, self.config.extra_step2)
         check_reference(self.config, ITERATED)
 
+    def asked_weights(self) -> frozenset[WeightSet]:
+        separate = VARIANTS[self.config.variant].separate
+        return frozenset({WeightSet.POLICY, *([WeightSet.FROZEN] if separate else [])})
+
     def run(self, run: RunContext) -> None:
         c, choices, demos = self.config, VARIANTS[self.config.variant], run.demonstrations()
         prompt = c.improve_prompt or choices.improve_prompt

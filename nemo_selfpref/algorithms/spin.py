@@ -17,7 +17,7 @@ from nemo_selfpref.algorithms.reference import (
 from nemo_selfpref.config.schema import RefMode, RunConfig
 from nemo_selfpref.objectives.objective import DPOObjective
 from nemo_selfpref.pairing.builders import PairLimits, target_over_sample
-from nemo_selfpref.types import PreferencePair
+from nemo_selfpref.types import PreferencePair, WeightSet
 
 
 @dataclass
@@ -46,6 +46,9 @@ class SPIN(Algorithm):
         for factor in self.config.lr_factors or [0.0]:
             check_positive("algorithm.lr_factors", factor)
         check_reference(self.config, ITERATED)
+
+    def asked_weights(self) -> frozenset[WeightSet]:
+        return frozenset({WeightSet.POLICY})
 
     def run(self, run: RunContext) -> None:
         cfg, demos = self.config, run.demonstrations()

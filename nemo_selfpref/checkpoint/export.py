@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from nemo_selfpref.checkpoint.hf_weights import megatron_shapes, to_huggingface
 from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import architecture_of, merged_weights_of
 from nemo_selfpref.config.model_schema import ArchitectureConfig, TokenizerConfig
-from nemo_selfpref.data.tokenizer import load_tokenizer
+from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
 from nemo_selfpref.files import new_folder, sha256_of, write_json
 
 _FILE_BYTES = 4 * 2**30
@@ -33,8 +33,23 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     arch = architecture_of(checkpoint)
     reader = merged_weights_of(checkpoint)
     tokenizer = load_tokenizer(TokenizerConfig(), str(checkpoint / "tokenizer"))
-    with new_folder(target) as folder:
-        dtype = _write_weights(folder, reader, arch)
+    write_hf_folder(target, _tensors(reader, arch), arch, tokenizer)
+
+
+def write_hf_folder(
+    target: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    arch: ArchitectureConfig,
+    tokenizer: ChatTokenizer,
+    durable: bool = True,
+) -> None:
+    """Write a model to `target` as export_checkpoint does; `tensors` are all of its weights.
+
+    Args:
+        durable: flush it to the disk, and write the sums of all files to manifest.json.
+    """
+    with new_folder(target, durable) as folder:
+        dtype = _write_weights(folder, tensors)
         tokenizer.save_pretrained(str(folder))
         config = write_config(arch, dtype, None, tokenizer.eos_id, tokenizer.pad_id)
         write_json(folder / "config.json", config)
@@ -46,8 +61,9 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         write_json(folder / "generation_config.json", generation)
         for path in folder.iterdir():
             path.chmod(0o644)
-        sums = {p.name: sha256_of(p) for p in sorted(folder.iterdir())}
-        write_json(folder / "manifest.json", {"sha256": sums})
+        if durable:
+            sums = {p.name: sha256_of(p) for p in sorted(folder.iterdir())}
+            write_json(folder / "manifest.json", {"sha256": sums})
 
 
 def _tensors(reader: TensorSource, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:
@@ -55,19 +71,19 @@ def _tensors(reader: TensorSource, arch: ArchitectureConfig) -> Iterator[tuple[s
         yield from to_huggingface(key, reader.read(key, (0,) * len(shape), shape), arch)
 
 
-def _write_weights(folder: Path, reader: TensorSource, arch: ArchitectureConfig) -> str:
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Write the weights in files of at most _FILE_BYTES; returns their dtype's name."""
     weight_map: dict[str, int] = {}
     total = used = 0
     dtype = torch.float32
     pending: dict[str, Tensor] = {}
     written: list[Path] = []
-    for name, tensor in _tensors(reader, arch):
+    for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if pending and used + size > _FILE_BYTES:
             written.append(_write_file(folder, len(written), pending))
             pending, used = {}, 0
-        pending[name] = tensor.contiguous()
+        pending[name] = tensor.detach().cpu().contiguous()
         weight_map[name] = len(written)
         used, total, dtype = used + size, total + size, tensor.dtype
     written.append(_write_file(folder, len(written), pending))

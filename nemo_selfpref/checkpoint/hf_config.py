@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face Llama model, to and from our architecture."""
+"""config.json of a Hugging Face Llama or Mixtral model, to and from our architecture."""
 
 from __future__ import annotations
 
@@ -10,29 +10,45 @@ from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.files import read_json
 
 _ROPE_TYPES = {"default", "linear", "llama3"}
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}
+"""What a configuration of each type means where it does not say."""
 
 
 def read_architecture(folder: Path) -> ArchitectureConfig:
     """Shape of the model in a Hugging Face folder.
 
     Raises:
-        CheckpointError: not a Llama, or a Llama with a part this project does not build.
+        CheckpointError: neither a Llama nor a Mixtral, or one with a part this project does not
+            build.
     """
     where = folder / "config.json"
     config = read_json(where)
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(config).__name__}")
-    if config.get("model_type") != "llama":
+    kind = config.get("model_type")
+    if kind not in _LEFT_OUT:
         raise CheckpointError(
-            f"{where}: model_type is {config.get('model_type')!r}; "
-            "the Llama family ('llama') is supported"
+            f"{where}: model_type is {kind!r}; the Llama family ('llama') and Mixtral ('mixtral') "
+            "are supported"
         )
+    config = {**_LEFT_OUT[kind], **{k: v for k, v in config.items() if v is not None}}
     for name, expected in (
         ("hidden_act", "silu"),
         ("attention_bias", False),
         ("mlp_bias", False),
         ("pretraining_tp", 1),
         ("partial_rotary_factor", 1.0),
+        *([("sliding_window", None)] if kind == "mixtral" else []),
     ):
         if config.get(name, expected) != expected:
             raise CheckpointError(
@@ -49,13 +65,23 @@ def read_architecture(folder: Path) -> ArchitectureConfig:
         num_query_groups=_integer(config, "num_key_value_heads", where, heads),
         kv_channels=_integer(config, "head_dim", where, hidden // heads),
         vocab_size=_integer(config, "vocab_size", where),
-        max_position_embeddings=_integer(config, "max_position_embeddings", where, 2048),
+        max_position_embeddings=_integer(config, "max_position_embeddings", where),
         rotary_base=theta,
         rope_scaling=scaling,
-        layernorm_epsilon=_number(config, "rms_norm_eps", where, 1e-6),
+        layernorm_epsilon=_number(config, "rms_norm_eps", where),
         share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings")),
         init_method_std=_number(config, "initializer_range", where, 0.02),
+        **_experts(config, where),
     )
+
+
+def _experts(config: dict[str, Any], where: Path) -> dict[str, int]:
+    if config["model_type"] != "mixtral":
+        return {}
+    return {
+        "num_moe_experts": _integer(config, "num_local_experts", where),
+        "moe_router_topk": _integer(config, "num_experts_per_tok", where),
+    }
 
 
 def _integer(config: dict[str, Any], name: str, where: Path, default: int | None = None) -> int:
@@ -76,7 +102,7 @@ def _rope(config: dict[str, Any], where: Path) -> tuple[float, RopeScalingConfig
     """Rotary base and scaling, from either spelling (rope_theta + rope_scaling of transformers 4,
     rope_parameters of transformers 5)."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = _number({"rope_theta": config.get("rope_theta"), **rope}, "rope_theta", where, 10000.0)
+    theta = _number({"rope_theta": config["rope_theta"], **rope}, "rope_theta", where)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _ROPE_TYPES:
         raise CheckpointError(
@@ -106,9 +132,17 @@ def write_config(
         parameters["high_freq_factor"] = scaling.high_freq_factor
         parameters["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     old = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    mixture = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": arch.num_moe_experts,
+        "num_experts_per_tok": arch.moe_router_topk,
+        "sliding_window": None,
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        **(mixture if arch.num_moe_experts else {}),
         "hidden_act": "silu",
         "hidden_size": arch.hidden_size,
         "intermediate_size": arch.ffn_hidden_size,

@@ -1,8 +1,8 @@
-"""The correspondence between Hugging Face Llama weights and Megatron's, tensor by tensor.
+"""The correspondence between Hugging Face Llama or Mixtral weights and Megatron's, by tensor.
 
 Both directions work on one global tensor at a time, so neither ever holds a whole model. Megatron
-keeps query, key and value of one group together and the two halves of the gated MLP in one
-matrix; rotary channels are in the same order on both sides.
+keeps query, key and value of one group together, the two halves of the gated MLP in one matrix and
+the experts of a layer in one tensor; rotary channels are in the same order on both sides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ _PLAIN_IN_LAYER = {
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "mlp.router.weight": "block_sparse_moe.gate.weight",
 }
+_EXPERTS = {
+    "mlp.experts.experts.linear_fc1.weight": ("w1", "w3"),
+    "mlp.experts.experts.linear_fc2.weight": ("w2",),
+}
+"""Tensors [experts, rows, columns], and the matrices that make one expert's rows: gate over up, and
+down."""
 _QKV = "self_attention.linear_qkv.weight"
 _FC1 = "mlp.linear_fc1.weight"
 
@@ -69,11 +76,25 @@ def _split(key: str) -> tuple[str, str]:
     return f"model.layers.{layer}.", rest
 
 
-def to_megatron(key: str, fetch: Fetch, arch: ArchitectureConfig) -> Tensor:
-    """One Megatron tensor out of Hugging Face ones; `fetch` returns those by name."""
+def _expert_names(prefix: str, name: str, expert: int) -> list[str]:
+    """The Hugging Face tensors of one expert that make its part of a Megatron tensor."""
+    part = f"{prefix}block_sparse_moe.experts.{expert}."
+    return [f"{part}{matrix}.weight" for matrix in _EXPERTS[name]]
+
+
+def to_megatron(
+    key: str, fetch: Fetch, arch: ArchitectureConfig, experts: range | None = None
+) -> Tensor:
+    """One Megatron tensor out of Hugging Face ones; `fetch` returns those by name. Of a tensor
+    with experts in it only those of `experts`, where given, which is all it fetches."""
     if key in _PLAIN:
         return fetch(_PLAIN[key])
     prefix, name = _split(key)
+    if name in _EXPERTS:
+        wanted = range(arch.num_moe_experts) if experts is None else experts
+        return torch.stack(
+            [torch.cat([fetch(n) for n in _expert_names(prefix, name, e)]) for e in wanted]
+        )
     if name in _PLAIN_IN_LAYER:
         return fetch(prefix + _PLAIN_IN_LAYER[name])
     if name == _FC1:
@@ -100,6 +121,10 @@ def to_huggingface(
     prefix, name = _split(key)
     if name in _PLAIN_IN_LAYER:
         yield prefix + _PLAIN_IN_LAYER[name], tensor
+    elif name in _EXPERTS:
+        for expert, matrices in enumerate(tensor):
+            names = _expert_names(prefix, name, expert)
+            yield from zip(names, matrices.chunk(len(names)), strict=True)
     elif name == _FC1:
         gate, up = tensor.chunk(2)
         yield prefix + "mlp.gate_proj.weight", gate
@@ -160,11 +185,15 @@ class HuggingFaceSource:
             return handle.get_tensor(name)
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        tensor = to_megatron(key, self.fetch, self.arch)
-        if tuple(tensor.shape) != self._shapes[key]:
+        expected, experts = self._shapes[key], None
+        if len(expected) == 3:
+            # One at a time is asked for; all of a layer's would be read again for each.
+            experts = range(offset[0], offset[0] + shape[0])
+            expected, offset = (len(experts), *expected[1:]), (0, *offset[1:])
+        tensor = to_megatron(key, self.fetch, self.arch, experts)
+        if tuple(tensor.shape) != expected:
             raise CheckpointError(
-                f"{self.folder}: {key} has shape {tuple(tensor.shape)}, "
-                f"config.json says {self._shapes[key]}"
+                f"{self.folder}: {key} has shape {tuple(tensor.shape)}, config.json says {expected}"
             )
         return read_part(tensor, offset, shape)
 

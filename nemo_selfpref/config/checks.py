@@ -13,13 +13,14 @@ from nemo_selfpref.config.model_schema import (
     OptimConfig,
     OptimizerName,
 )
+from nemo_selfpref.config.rollout_checks import engines, sampling
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
 
 
 def check_config(cfg: RunConfig) -> None:
     """Raise ConfigError with every contradiction found, one a line."""
-    rules = (_trainer, parallel, batch, _fp8, _reference_cache, _lengths, _rollout)
+    rules = (_trainer, parallel, batch, _fp8, _reference_cache, _lengths, sampling, engines)
     _raise([problem for rule in rules for problem in rule(cfg)])
     check_lora(cfg.model.lora)
     check_optim("model.optim", cfg.model.optim)
@@ -96,17 +97,6 @@ def _lengths(cfg: RunConfig) -> Iterator[str]:
         )
     if d.limit is not None and d.limit < 1:
         yield f"data.limit={d.limit}: expected at least 1, or null for all rows"
-
-
-def _rollout(cfg: RunConfig) -> Iterator[str]:
-    r = cfg.rollout
-    yield from positive(rollout__max_new_tokens=r.max_new_tokens, rollout__batch_size=r.batch_size)
-    if r.temperature < 0:
-        yield f"rollout.temperature={r.temperature}: expected 0 (greedy) or more"
-    if not 0 < r.top_p <= 1:
-        yield f"rollout.top_p={r.top_p}: expected 0 < top_p <= 1"
-    if r.top_k < 0:
-        yield f"rollout.top_k={r.top_k}: expected 0 (off) or more"
 
 
 def check_lora(lora: LoRAConfig) -> None:

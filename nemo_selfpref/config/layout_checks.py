@@ -148,11 +148,6 @@ def _split_of_experts(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]
         )
     if not experts:
         return
-    if cfg.export.hf:
-        yield (
-            "a model with experts cannot be written as a Hugging Face folder yet. Set "
-            "export.hf=false; the checkpoint is written all the same."
-        )
     if not 2 <= arch.moe_router_topk <= experts:
         yield (
             f"moe_router_topk={arch.moe_router_topk}: expected 2 to {experts}, the experts (the "

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from nemo_selfpref.data.batching import PackedBatch, TokenSequence, collate
-from nemo_selfpref.megatron.parallel import all_gather_json, pipeline_group, replica_group
+from nemo_selfpref.megatron.parallel import (
+    all_gather_json,
+    context_group,
+    pipeline_group,
+    replica_group,
+)
 from nemo_selfpref.types import TokenIds
 
 if TYPE_CHECKING:
@@ -28,29 +33,74 @@ class SequenceLogps:
     lengths: Tensor
 
 
-@torch.no_grad()
+_Found = dict[str, list[float]]
+_Read = Callable[["Policy", Tensor, PackedBatch], _Found]
+"""What is wanted of the states of one batch, by the number of the sequence."""
+
+
 def score(
     policy: Policy,
     sequences: Sequence[TokenSequence],
     progress: Callable[[int], None] | None = None,
 ) -> SequenceLogps:
     """Policy.score."""
+    values = _over_ranks(policy, sequences, _sums, progress)
+    return SequenceLogps(
+        sums=torch.tensor([v[0] for v in values], dtype=torch.float64),
+        lengths=torch.tensor([int(v[1]) for v in values], dtype=torch.int64),
+    )
+
+
+def response_token_logprobs(
+    policy: Policy, sequences: Sequence[TokenSequence]
+) -> list[list[float]]:
+    """Log-prob of each response token, given the prompt and those before it; collective, and the
+    same on every rank."""
+    return _over_ranks(policy, sequences, _tokens)
+
+
+@torch.no_grad()
+def _over_ranks(
+    policy: Policy,
+    sequences: Sequence[TokenSequence],
+    read: _Read,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
     mine = _share_of(policy, sequences)
-    found: dict[str, list[float]] = {}
+    found: _Found = {}
     policy.module.eval()
     for numbers in _by_tokens(sequences, mine):
-        found.update(_score_batch(policy, [sequences[n] for n in numbers], numbers))
+        found.update(_score_batch(policy, [sequences[n] for n in numbers], numbers, read))
         if progress is not None:
             progress(len(numbers) * policy.layout.scorer[1])
     device = policy.platform.device()
     last = all_gather_json(found, pipeline_group(), device)[-1]
     for part in all_gather_json(last, replica_group(), device):
         found.update(part)
-    values = [found[str(n)] for n in range(len(sequences))]
-    return SequenceLogps(
-        sums=torch.tensor([v[0] for v in values], dtype=torch.float64),
-        lengths=torch.tensor([int(v[1]) for v in values], dtype=torch.int64),
-    )
+    return [found[str(n)] for n in range(len(sequences))]
+
+
+def _sums(policy: Policy, hidden: Tensor, batch: PackedBatch) -> _Found:
+    logps = policy.pair_logps(hidden, batch)
+    values = zip(logps.chosen.tolist(), logps.chosen_len.tolist(), strict=True)
+    return {str(n): [value, length] for n, (value, length) in zip(batch.rows, values, strict=True)}
+
+
+def _tokens(policy: Policy, hidden: Tensor, batch: PackedBatch) -> _Found:
+    logprobs = policy.response_logprobs(hidden, batch)
+    wanted = batch.target_is_response
+    # With a split context each rank has some of a sequence's tokens; their places order them.
+    mine = [
+        batch.target_sequence[wanted].tolist(),
+        batch.positions[batch.predict_from[wanted]].tolist(),
+        logprobs[wanted].tolist(),
+    ]
+    parts = all_gather_json(mine, context_group(), hidden.device)
+    found: dict[int, list[tuple[int, float]]] = {}
+    for part in parts:
+        for sequence, position, value in zip(*part, strict=True):
+            found.setdefault(sequence, []).append((position, value))
+    return {str(n): [v for _, v in sorted(found[i])] for i, n in enumerate(batch.rows)}
 
 
 def _share_of(policy: Policy, sequences: Sequence[TokenSequence]) -> list[int]:
@@ -71,8 +121,8 @@ def _share_of(policy: Policy, sequences: Sequence[TokenSequence]) -> list[int]:
 
 
 def _score_batch(
-    policy: Policy, sequences: Sequence[TokenSequence], numbers: Sequence[int]
-) -> dict[str, list[float]]:
+    policy: Policy, sequences: Sequence[TokenSequence], numbers: Sequence[int], read: _Read
+) -> _Found:
     whole = collate(
         sequences,
         numbers,
@@ -80,18 +130,15 @@ def _score_batch(
         pad_multiple=policy.pad_multiple,
         share_prompts=policy.config.share_prompts,
     )
-    found: dict[str, list[float]] = {}
+    found: _Found = {}
 
     def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> Any:
         batch, hidden = policy.forward(model, next(batches))
 
         def keep(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logps = policy.pair_logps(hidden, batch)
-            for n, value, length in zip(
-                batch.rows, logps.chosen.tolist(), logps.chosen_len.tolist(), strict=True
-            ):
-                found[str(n)] = [value, length]
-            return logps.chosen.sum(), logps.chosen_len.sum().to(torch.int), {}
+            found.update(read(policy, hidden, batch))
+            # Megatron wants a loss and a count; nobody reads them.
+            return hidden.new_zeros(()), torch.ones((), dtype=torch.int, device=hidden.device), {}
 
         return hidden, keep
 

@@ -7,6 +7,7 @@ one, its values are put into the network for a while and the policy's put back a
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ class WeightSets:
         self._main = MainParts(policy)
         self._copies: dict[WeightSet, list[Tensor]] = {}
         self._versions: dict[WeightSet, int] = {}
+        self._revisions: Counter[WeightSet] = Counter()
 
     def __contains__(self, name: WeightSet) -> bool:
         return name is WeightSet.POLICY or name in self._copies
@@ -50,13 +52,20 @@ class WeightSets:
         """Optimizer steps that went into these weights."""
         return self.policy.weight_version if name is WeightSet.POLICY else self._versions[name]
 
+    def revision(self, name: WeightSet) -> int:
+        """How often a copy has been made, moved or dropped: two averages of one version differ in
+        it. The policy's is always 0."""
+        return self._revisions[name]
+
     def drop(self, name: WeightSet) -> None:
+        self._revisions[name] += 1
         self._copies.pop(name, None)
         self._versions.pop(name, None)
 
     @torch.no_grad()
     def take(self, name: WeightSet, source: WeightSet) -> None:
         """Make `name` equal to `source` as it is now."""
+        self._revisions[name] += 1
         if name not in self._copies:
             self._copies[name] = self._empty(name)
         with self.using(source) as version:
@@ -69,6 +78,7 @@ class WeightSets:
     @torch.no_grad()
     def average(self, alpha: float) -> None:
         """ema <- alpha ema + (1 - alpha) policy (SAPO, eq. 6)."""
+        self._revisions[WeightSet.EMA] += 1
         ema = self._copies[WeightSet.EMA]
         main = self._main.current(self._parameters())
         if self.policy.config.copies_on_cpu:
@@ -109,6 +119,7 @@ class WeightSets:
         self, name: WeightSet, load: Callable[[dict[str, Any]], dict[str, Any]], version: int
     ) -> None:
         """Take a copy from storage: `load` turns a sharded state dict into plain tensors."""
+        self._revisions[name] += 1
         if name not in self._copies:
             self._copies[name] = self._empty(name)
         loaded = load(self.sharded_state_dict(name))

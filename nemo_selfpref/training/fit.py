@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from nemo_selfpref.checkpoint.training_state import is_checkpoint
 from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.files import write_text
 from nemo_selfpref.models.nemo_adapter import exp_manager
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
@@ -146,8 +147,11 @@ class _Recorder(pl.Callback):
             self.console.metrics(self.stage.name, self.stage.steps.num_steps, metrics)
         every = self.params.every_n_train_steps
         if every and metrics["step"] % every == 0:
-            trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{metrics['step']:06d}")
+            trainer.save_checkpoint(self._checkpoint(metrics["step"]))
             self._prune(trainer)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
 
     def _prune(self, trainer: pl.Trainer) -> None:
         keep = self.params.save_top_k
@@ -163,6 +167,12 @@ class _Recorder(pl.Callback):
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         if self._bar is not None:
             self._context.__exit__(None, None, None)
+        # Every rank is told of it, between two steps: what was trained so far can be kept.
+        if isinstance(exception, RolloutError) and trainer.global_step > 0:
+            target = self._checkpoint(trainer.global_step)
+            if not is_checkpoint(target):
+                trainer.save_checkpoint(target)
+            self.console.say(f"rollouts failed; everything so far is in {target}: run it again")
 
     def result(self) -> dict[str, Any]:
         """Last metrics; of the whole stage, steps before a resume too, the tokens and the means of

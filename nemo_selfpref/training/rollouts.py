@@ -8,8 +8,9 @@ from nemo_selfpref.config.paths import prompts_dir
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.data.templates import PromptTemplate, load_template
 from nemo_selfpref.data.tokenizer import ChatTokenizer
-from nemo_selfpref.rollout.engine import RolloutEngine
+from nemo_selfpref.rollout.engine import FOREVER, RolloutEngine, Until
 from nemo_selfpref.rollout.sampling import seed_of
+from nemo_selfpref.training.rollout_check import Sampled, spread
 from nemo_selfpref.types import (
     Completion,
     Demonstration,
@@ -32,6 +33,7 @@ class EngineRollouts:
         ready: makes the engine hold a weight set before it is asked.
         scope: names the place in the run; with a request's name and id it seeds the draw.
         max_length: longest prompt and answer the model takes.
+        cancelled: whether answers are still wanted.
     """
 
     def __init__(
@@ -42,18 +44,33 @@ class EngineRollouts:
         ready: Callable[[WeightSet], None],
         max_length: int,
         scope: tuple[object, ...] = (),
+        cancelled: Callable[[], bool] | None = None,
     ) -> None:
         self.cfg, self.tokenizer = cfg, tokenizer
         self._engine, self._ready, self._max_length, self._scope = engine, ready, max_length, scope
+        self._cancelled = cancelled
         self.reports: dict[str, DropReport] = {}
         self.metrics: dict[str, float] = {}
         self.generated_tokens = 0
+        self.sampled: list[Sampled] = []
+        """Some prompts with their answers, for RolloutCheck."""
 
     def within(self, *scope: object) -> EngineRollouts:
         """The same engine for another place in the run, with counts of its own."""
         return EngineRollouts(
-            self.cfg, self.tokenizer, self._engine, self._ready, self._max_length, scope
+            self.cfg,
+            self.tokenizer,
+            self._engine,
+            self._ready,
+            self._max_length,
+            scope,
+            self._cancelled,
         )
+
+    def take_sampled(self) -> list[Sampled]:
+        """The answers kept for RolloutCheck since the last time."""
+        taken, self.sampled = self.sampled, []
+        return taken
 
     def template(
         self, name: str, required: frozenset[str], optional: frozenset[str] = frozenset()
@@ -82,9 +99,17 @@ class EngineRollouts:
             for (id, ids), limit in zip(prompts, limits or [None] * len(prompts), strict=True)
         ]
         self._ready(weights)
-        found = self._engine.generate(requests, params, weights, progress)
+        found = self._engine.generate(requests, params, weights, progress, self._until())
         self.generated_tokens += sum(len(c.token_ids) for c in found)
+        chosen = spread(len(found), rollout.check_samples)
+        self.sampled += [(requests[i].prompt_ids, found[i]) for i in chosen]
         return found
+
+    def _until(self) -> Until:
+        """A deadline where another process is waited for, which may never answer."""
+        if self._cancelled is None:
+            return FOREVER
+        return Until.within(self.cfg.rollout.timeout_s, self._cancelled)
 
     def label_scores(
         self,
@@ -96,7 +121,7 @@ class EngineRollouts:
         progress: Progress | None = None,
     ) -> list[LabelScores]:
         self._ready(weights)
-        return self._engine.label_scores(prompts, labels, weights, progress)
+        return self._engine.label_scores(prompts, labels, weights, progress, self._until())
 
     def fits(self, prompt: TokenIds, new_tokens: int | None = None) -> bool:
         room = self.cfg.rollout.max_new_tokens if new_tokens is None else new_tokens

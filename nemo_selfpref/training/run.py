@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.training_state import save_weights
 from nemo_selfpref.config.loader import to_typed
+from nemo_selfpref.config.schema import RolloutEngineName
 from nemo_selfpref.data.dataset import load_demonstrations, load_preferences, load_prompt_rows
 from nemo_selfpref.data.templates import PromptTemplate
 from nemo_selfpref.megatron.policy import Policy
@@ -27,9 +28,11 @@ from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.objectives.objective import Objective
 from nemo_selfpref.pairing.filters import perplexity
+from nemo_selfpref.rollout.engine import RolloutEngine
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest
 from nemo_selfpref.training.ask import ask_teacher
 from nemo_selfpref.training.places import WeightPlaces
+from nemo_selfpref.training.rollout_check import RolloutCheck
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.session import Start, embedded_engine
 from nemo_selfpref.training.stages import Stages
@@ -54,6 +57,17 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
+if TYPE_CHECKING:
+    from nemo_selfpref.training.service import RolloutService
+
+
+def _nothing(_: WeightSet) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
 
 class Run:
     """RunContext over one policy (algorithms/base.py)."""
@@ -65,6 +79,7 @@ class Run:
         start: Start,
         folder: RunFolder,
         console: Console,
+        asked: frozenset[WeightSet] = frozenset(),
     ) -> None:
         self.cfg = to_typed(cfg)
         self.policy, self.tokenizer = policy, start.tokenizer
@@ -72,20 +87,53 @@ class Run:
         self.stages = Stages(folder, console, policy.layout.is_main)
         self.weights = WeightSets(policy)
         self.places = WeightPlaces(self.weights, start, self.cfg.seed)
-        engine = embedded_engine(
-            policy, self.tokenizer.stop_ids, self.cfg.rollout.batch_size, self.weights
-        )
+        self.service: RolloutService | None = None
+        ready, engine = self.places.ready, self._embedded()
+        cancelled = None
+        if self.cfg.rollout.engine is RolloutEngineName.vllm:
+            from nemo_selfpref.training.service import RolloutService
+
+            self.service = engine = RolloutService(
+                self.cfg, policy, self.places, start, folder.path, console, asked
+            )
+            ready, cancelled = _nothing, _never  # the service sees to it, and has a deadline
         self.rollouts = EngineRollouts(
             self.cfg,
             self.tokenizer,
             engine,
-            self.places.ready,
+            ready,
             policy.arch.max_position_embeddings,
+            cancelled=cancelled,
+        )
+        self._check = RolloutCheck(
+            self.weights, self.places.ready, self.cfg.rollout.logprob_alarm, console.say
         )
         model = MegatronGPTPreferenceModel(cfg.model, policy)
         self._trainer = StageTrainer(
-            self.cfg, model, self.tokenizer, self.places, self.rollouts, self.stages
+            self.cfg,
+            model,
+            self.tokenizer,
+            self.places,
+            self.rollouts,
+            self.stages,
+            self._check,
+            self.service,
         )
+
+    def _embedded(self) -> RolloutEngine:
+        return embedded_engine(
+            self.policy, self.tokenizer.stop_ids, self.cfg.rollout.batch_size, self.weights
+        )
+
+    def open(self) -> None:
+        """Start what answers questions. Collective."""
+        if self.service is not None:
+            self.service.open()
+
+    def close(self) -> None:
+        """End what open started."""
+        if self.service is not None:
+            self.service.close()
 
     # -- data ---------------------------------------------------------------------------------
 
@@ -149,8 +197,9 @@ class Run:
             "answers": len(found),
             "generated_tokens": sum(len(c.token_ids) for c in found),
             "seconds": time.monotonic() - started,
-            "weight_version": self.weights.version(weights),
+            "weight_version": found[0].weight_version if found else -1,
             "truncated": sum(c.finish_reason.value == "length" for c in found),
+            "metrics": self._check.metrics(self.rollouts.take_sampled()),
         }
         if self.policy.layout.is_main:
             write_completions(path, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,6 @@ from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import PairMaker
 from nemo_selfpref.data.batching import StepPlan, TokenSequence
-from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.policy import Policy
@@ -20,11 +20,11 @@ from nemo_selfpref.models.stage import Step
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import Objective, Pass
 from nemo_selfpref.training.copies import StageCopies
+from nemo_selfpref.training.making import Made, PairSource
 from nemo_selfpref.training.reference_cache import ReferenceCache
-from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.rollout_check import RolloutCheck
 from nemo_selfpref.training.store import read_pairs, write_pairs, write_tensors
 from nemo_selfpref.types import (
-    Demonstration,
     DropReport,
     PreferencePair,
     TrainingRow,
@@ -32,8 +32,6 @@ from nemo_selfpref.types import (
 )
 
 _AUGMENTED = frozenset({Pass.REFINED, Pass.REFINED_REFERENCE})
-_ATTEMPTS = 3
-"""How often a step samples again when not one usable pair came out."""
 
 
 class Passes:
@@ -170,22 +168,35 @@ class FixedSteps:
 
 
 class OnlineSteps:
-    """A stage whose every step asks the model for its pairs first."""
+    """A stage whose every step trains on pairs made for it.
+
+    Args:
+        source: makes the pairs, with `maker`.
+        folder: the stage's; the pairs of each step are kept there.
+        check: compares some of the answers' log-probs with the trainer's.
+        max_staleness, count_stale: pairs from weights that are more steps behind are made anew, or
+            counted and used.
+    """
 
     def __init__(
         self,
-        rows: Sequence[Demonstration],
         plan: StepPlan,
         maker: PairMaker,
-        rollouts: EngineRollouts,
+        source: PairSource,
         folder: Path,
         copies: StageCopies,
         passes: Passes,
+        check: RolloutCheck | None = None,
+        max_staleness: int = 0,
+        count_stale: bool = False,
     ) -> None:
-        self.rows, self.plan, self.maker, self.rollouts = rows, plan, maker, rollouts
+        self.plan, self.maker, self.source = plan, maker, source
         self.folder, self.copies, self.passes = folder, copies, passes
+        self.check, self.max_staleness, self.count_stale = check, max_staleness, count_stale
         self.reports: dict[str, DropReport] = {}
         self.generated_tokens = 0
+        self.waited_s = 0.0
+        """Seconds of this process that the trainer stood still for rollouts."""
 
     @property
     def num_steps(self) -> int:
@@ -195,32 +206,39 @@ class OnlineSteps:
         self.copies.begin(keep_reference=bool(self.passes.wanted))
 
     def step(self, number: int) -> Step:
-        rows = [self.rows[n] for n in self.plan.rows_of_step(number)]
-        before = self.generated_tokens
-        for attempt in range(_ATTEMPTS):
-            asked = self.rollouts.within(self.folder.name, number, attempt)
-            pairs = self.maker.pairs(number, asked, rows)
-            self._count(asked)
-            if pairs:
-                break
-        else:
-            so_far = "; ".join(f"{t}: {r.summary()}" for t, r in self.reports.items())
-            raise TrainingError(
-                f"step {number + 1}: {len(rows)} prompts gave no usable pair in {_ATTEMPTS} "
-                f"attempts ({so_far} so far). The policy may have collapsed; raise "
-                "rollout.temperature, or lower the learning rate and resume."
-            )
+        started = time.monotonic()
+        made, stale = self._take(number)
+        self.waited_s += time.monotonic() - started
+        pairs = made.pairs
+        self.generated_tokens += made.generated_tokens
+        for title, report in made.reports.items():
+            self.reports.setdefault(title, DropReport()).add(report)
         if self.passes.policy.layout.is_main:
             write_pairs(self.folder / "pairs" / f"step-{number + 1:06d}.parquet", pairs)
         passes = self.passes.live(self.passes.wanted, pairs)
-        tokens = {"rollout/generated_tokens": float(self.generated_tokens - before)}
-        measured = {**tokens, **asked.metrics, **self.passes.take_metrics()}
+        measured = {
+            "rollout/generated_tokens": float(made.generated_tokens),
+            **self._ages(number, made, stale),
+            **(self.check.metrics(made.sampled) if self.check is not None else {}),
+            **made.metrics,
+            **self.passes.take_metrics(),
+        }
         return Step(pairs, step_inputs(pairs, passes), measured)
 
-    def _count(self, asked: EngineRollouts) -> None:
-        self.generated_tokens += asked.generated_tokens
-        for title, report in asked.reports.items():
-            self.reports.setdefault(title, DropReport()).add(report)
+    def _ages(self, number: int, made: Made, stale: bool) -> dict[str, float]:
+        if not self.max_staleness:
+            return {}
+        age = float(number - made.updates)
+        return {"rollout/staleness": age, "rollout/stale_steps": float(stale)}
+
+    def _take(self, number: int) -> tuple[Made, bool]:
+        """The pairs of a step, and whether they are older than is allowed. Pairs made ahead and
+        kept by a checkpoint may be, where the run goes on with a lower rollout.max_staleness."""
+        made = self.source.take(number)
+        stale = number - made.updates > self.max_staleness
+        if stale and not self.count_stale:
+            made, stale = self.source.remake(number), False
+        return made, stale
 
     def after_step(self, done: int) -> None:
         self.copies.after_step(done)
@@ -229,10 +247,12 @@ class OnlineSteps:
         self.copies.save(folder)
         self.passes.flush()
         if self.passes.policy.layout.is_main:
+            under_way = self.source.under_way()
             pairs, state = self.maker.kept()
             counts = {"generated_tokens": self.generated_tokens, "maker": dict(state)}
             reports = {title: asdict(report) for title, report in self.reports.items()}
             write_json(folder / "rollouts" / "state.json", {**counts, "reports": reports})
+            write_json(folder / "rollouts" / "under_way.json", under_way)
             write_pairs(folder / "rollouts" / "pairs.parquet", pairs)
         barrier()
 
@@ -242,6 +262,8 @@ class OnlineSteps:
         self.generated_tokens = state["generated_tokens"]
         self.reports = {title: DropReport(**r) for title, r in state["reports"].items()}
         self.maker.restore(read_pairs(folder / "rollouts" / "pairs.parquet"), state["maker"])
+        under_way = folder / "rollouts" / "under_way.json"
+        self.source.restore(read_json(under_way) if under_way.exists() else [])
 
 
 def _pairs(rows: Sequence[TrainingRow]) -> list[PreferencePair]:

@@ -56,6 +56,13 @@ _FREE_ON_RESUME = (
     "model.reference_cache_dir",
     "model.reference_cache_max_gb",
     "rollout.batch_size",
+    "rollout.placement",
+    "rollout.vllm",
+    "rollout.timeout_s",
+    "rollout.max_staleness",
+    "rollout.stale_samples",
+    "rollout.check_samples",
+    "rollout.logprob_alarm",
 )
 """Settings that change how a run computes but not what; a resumed run may change them."""
 

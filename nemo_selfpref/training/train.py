@@ -82,8 +82,13 @@ def train(cfg: DictConfig) -> Outcome:
     )
     folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
     _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy)
-    run = Run(cfg, policy, start, folder, console)
-    pick_algorithm(typed).run(run)
+    algorithm = pick_algorithm(typed)
+    run = Run(cfg, policy, start, folder, console, algorithm.asked_weights())
+    try:
+        run.open()
+        algorithm.run(run)
+    finally:
+        run.close()
     checkpoint = run.save_final()
     hf = _export(typed, run, checkpoint)
     if layout.is_main:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.training_state import save_weights
-from nemo_selfpref.config.schema import RefMode, RunConfig
+from nemo_selfpref.config.schema import RefMode, RunConfig, StaleSamples
 from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import DataError
@@ -21,13 +22,18 @@ from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.fit import fit_stage
 from nemo_selfpref.training.fp8_guard import GuardedSteps
+from nemo_selfpref.training.making import Ahead, AtOnce, Making, PairSource
 from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.reference_cache import open_cache
+from nemo_selfpref.training.rollout_check import RolloutCheck
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.stages import Stages
 from nemo_selfpref.training.steps import FixedSteps, OnlineSteps, Passes
 from nemo_selfpref.training.store import done_facts, is_done, write_pairs
 from nemo_selfpref.types import Demonstration, PreferencePair, TrainingRow, WeightSet
+
+if TYPE_CHECKING:
+    from nemo_selfpref.training.service import RolloutService
 
 
 class StageTrainer:
@@ -41,10 +47,13 @@ class StageTrainer:
         places: WeightPlaces,
         rollouts: EngineRollouts,
         stages: Stages,
+        check: RolloutCheck,
+        service: RolloutService | None = None,
     ) -> None:
         self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
         self.places, self.rollouts, self.stages = places, rollouts, stages
         self.policy, self.weights = model.policy, places.weights
+        self._check, self._service = check, service
         self._cache = open_cache(cfg.model, self.policy, places, stages.console.say)
 
     def train(
@@ -87,15 +96,45 @@ class StageTrainer:
         plan = self._plan(name, len(rows), prompts_per_step, settings)
         copies = StageCopies(self.weights, settings.reference, settings.averaging)
         passes = self._passes(copies, objective)
-        steps = OnlineSteps(rows, plan, pairs, self.rollouts, stage, copies, passes)
-        facts = self._fit(name, stage, steps, objective, settings)
+        source = self._source(stage.name, rows, pairs, plan)
+        rollout = self.cfg.rollout
+        steps = OnlineSteps(
+            plan,
+            pairs,
+            source,
+            stage,
+            copies,
+            passes,
+            self._check,
+            rollout.max_staleness,
+            rollout.stale_samples is StaleSamples.count,
+        )
+        try:
+            facts = self._fit(name, stage, steps, objective, settings)
+        finally:
+            source.close()
         copies.end()
         made = {
             "reports": {title: asdict(report) for title, report in steps.reports.items()},
             "generated_tokens": steps.generated_tokens,
+            "rollout_wait_seconds": steps.waited_s,
             "histograms": {title: dict(bins) for title, bins in pairs.histograms().items()},
         }
         self.stages.finish(stage, {**facts, **made})
+
+    def _source(
+        self, scope: str, rows: Sequence[Demonstration], maker: PairMaker, plan: StepPlan
+    ) -> PairSource:
+        def rows_of(step: int) -> list[Demonstration]:
+            return [rows[n] for n in plan.rows_of_step(step)]
+
+        if self._service is None:
+            return AtOnce(Making(maker, rows_of, self.rollouts, scope))
+        stop = threading.Event()
+        asking = self._service.asking(self.rollouts, stop.is_set)
+        making = Making(maker, rows_of, asking, scope)
+        staleness, main = self.cfg.rollout.max_staleness, self.policy.layout.is_main
+        return Ahead(making, self._service, staleness, plan.num_steps, main, stop)
 
     def _trained(self, name: str, stage: Path) -> bool:
         """Whether the stage is done already, and then where its weights are."""

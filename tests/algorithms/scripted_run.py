@@ -214,6 +214,8 @@ def carry_out(name: str, run: ScriptedRun, **settings: Any) -> list[Training]:
     method = configured(name, **settings)
     method.check(run.cfg)
     method.run(run)
+    # An engine holds what the method says it asks, so it may ask no other weights.
+    assert set(run.weights.values()) == method.asked_weights(), "asked_weights"
     return run.trained
 
 

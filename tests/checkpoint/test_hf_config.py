@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,25 @@ def test_what_an_old_config_leaves_out(tmp_path: Path) -> None:
     assert not arch.share_embeddings_and_output_weights
 
 
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3}
+
+
+def test_a_mixtral(tmp_path: Path) -> None:
+    arch = read(tmp_path, **MIXTRAL, sliding_window=None)
+    assert (arch.num_moe_experts, arch.moe_router_topk) == (4, 3)
+    assert replace(arch, num_moe_experts=0, moe_router_topk=2) == read(tmp_path)
+
+
+def test_what_a_mixtral_leaves_out(tmp_path: Path) -> None:
+    left_out = dict.fromkeys(
+        ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"), ...
+    )
+    arch = read(tmp_path, **left_out, model_type="mixtral", num_attention_heads=16)
+    assert (arch.num_query_groups, arch.num_moe_experts, arch.moe_router_topk) == (8, 8, 2)
+    assert arch.max_position_embeddings == 131072 and arch.rotary_base == 1e6
+    assert arch.layernorm_epsilon == 1e-5
+
+
 def test_head_dim_of_its_own(tmp_path: Path) -> None:
     assert read(tmp_path, head_dim=32).kv_channels == 32
     assert read(tmp_path, head_dim=None).kv_channels == 16
@@ -99,6 +119,8 @@ def test_both_spellings_of_linear_rope(tmp_path: Path, key: str) -> None:
     [
         ({"model_type": "qwen2"}, r"model_type is 'qwen2'; the Llama family \('llama'\)"),
         ({"model_type": ...}, "model_type is None"),
+        ({**MIXTRAL, "sliding_window": 4096}, "sliding_window=4096; only None is supported"),
+        ({**MIXTRAL, "num_local_experts": 0}, "num_local_experts is 0; expected a positive"),
         ({"attention_bias": True}, "attention_bias=True; only False is supported"),
         ({"mlp_bias": True}, "mlp_bias=True; only False is supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu' is supported"),
@@ -122,13 +144,16 @@ def test_what_is_not_built_is_refused(
         read(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("experts", [0, 8])
 @pytest.mark.parametrize(
     "rope",
     [RopeScalingConfig(), RopeScalingConfig("linear", 4.0), RopeScalingConfig("llama3", 8.0)],
     ids=lambda rope: rope.rope_type,
 )
-def test_what_is_written_is_read_back(tmp_path: Path, rope: RopeScalingConfig) -> None:
-    arch = ArchitectureConfig(3, 64, 96, 4, 2, 32, 500, 256, 5000.0, rope, 1e-6, True, 0.1)
+def test_what_is_written_is_read_back(
+    tmp_path: Path, rope: RopeScalingConfig, experts: int
+) -> None:
+    arch = ArchitectureConfig(3, 64, 96, 4, 2, 32, 500, 256, 5000.0, rope, 1e-6, True, 0.1, experts)
     config = write_config(arch, "bfloat16", None, 2, 0)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_architecture(tmp_path) == arch

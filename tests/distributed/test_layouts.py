@@ -168,6 +168,10 @@ def test_gradient_norm_and_clipped_step(pair: Pair) -> None:
 
 def test_scores_and_sampled_tokens(pair: Pair) -> None:
     one, other = (found(folder) for folder in pair)
+    tokens = zip(other["token_logprobs"], one["token_logprobs"], other["scores"][0], strict=True)
+    for ours, expected, total in tokens:
+        assert ours == pytest.approx(expected, abs=1e-4)
+        assert sum(ours) == pytest.approx(total, abs=2e-4)
     for name in ("scores", "labels"):  # of the policy, of the EMA
         assert torch.tensor(other[name]) == pytest.approx(torch.tensor(one[name]), abs=2e-4), name
     assert other["generated"] == one["generated"]

@@ -34,7 +34,7 @@ from nemo_selfpref.megatron import parallel
 from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.platform import select_platform
 from nemo_selfpref.megatron.policy import Policy
-from nemo_selfpref.megatron.scoring import SequenceLogps
+from nemo_selfpref.megatron.scoring import SequenceLogps, response_token_logprobs
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.objectives.inputs import PassLogps, StepInputs
 from nemo_selfpref.objectives.objective import (
@@ -190,6 +190,7 @@ def exercise(policy: Policy, out: Path, first: Path) -> None:
         "generated": [generate(engine, name) for name in sets],
         "labels": [label_scores(engine, name) for name in sets],
         "scores": [scored.sums.tolist(), averaged.sums.tolist()],
+        "token_logprobs": response_token_logprobs(policy, both),
         "losses": {},
         "tokens": {},
         "norms": [],

@@ -17,6 +17,7 @@ from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.objectives.objective import DPOObjective, Objective, ORPOObjective, Pass
 from nemo_selfpref.training.copies import StageCopies
+from nemo_selfpref.training.making import AtOnce, Making
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.session import embedded_engine
 from nemo_selfpref.training.steps import OnlineSteps, Passes
@@ -93,7 +94,10 @@ class Stage:
         rollouts = EngineRollouts(CONFIG, tokenizer, engine, self.asked.append, max_length=64)
         copies = StageCopies(self.weights, Reference(mode, every=2), Averaging(0.5, every=1))
         passes = Passes(policy, copies, objective, self.asked.append)
-        self.steps = OnlineSteps(ROWS, PLAN, maker, rollouts, self.folder, copies, passes)
+        making = Making(
+            maker, lambda n: [ROWS[i] for i in PLAN.rows_of_step(n)], rollouts, self.folder.name
+        )
+        self.steps = OnlineSteps(PLAN, maker, AtOnce(making), self.folder, copies, passes)
 
     def answers(self) -> list[list[tuple[int, ...]]]:
         """Tokens of every attempt so far."""
@@ -203,7 +207,7 @@ def test_three_fruitless_attempts_are_the_end(
     stage.steps.begin()
     message = (
         r"step 3: 2 prompts gave no usable pair in 3 attempts \(pairs: 0 kept, dropped identical: "
-        r"6 so far\)\. .* raise rollout\.temperature, or lower the learning rate"
+        r"6\)\. .* raise rollout\.temperature, or lower the learning rate"
     )
     with pytest.raises(TrainingError, match=message):
         stage.steps.step(2)

@@ -174,23 +174,29 @@ def stream(
             finally:
                 emit(None)
 
-        async with turns:
+        turn = asyncio.ensure_future(turns.acquire())
+        try:
+            while not turn.done():
+                await asyncio.wait({turn}, timeout=BEAT_S)
+                if not turn.done():
+                    yield Line().json_line()
             threading.Thread(target=run, daemon=True).start()
-            try:
-                failed = False
-                while True:
-                    try:
-                        line = await asyncio.wait_for(queue.get(), BEAT_S)
-                    except TimeoutError:
-                        yield Line().json_line()
-                        continue
-                    if line is None:
-                        break
-                    failed, count = line.error is not None, count + 1
-                    yield line.json_line()
-                if not failed:
-                    yield Line(done=count).json_line()
-            finally:
-                gone.set()
+            failed = False
+            while True:
+                try:
+                    line = await asyncio.wait_for(queue.get(), BEAT_S)
+                except TimeoutError:
+                    yield Line().json_line()
+                    continue
+                if line is None:
+                    break
+                failed, count = line.error is not None, count + 1
+                yield line.json_line()
+            if not failed:
+                yield Line(done=count).json_line()
+        finally:
+            gone.set()
+            if not turn.cancel():  # it was had
+                turns.release()
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")

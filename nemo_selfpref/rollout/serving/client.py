@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
 from nemo_selfpref import errors
-from nemo_selfpref.errors import RolloutError, RolloutTimeout, StaleWeightsError
-from nemo_selfpref.rollout.engine import FOREVER, Until
+from nemo_selfpref.errors import RolloutError, RolloutTimeout
+from nemo_selfpref.rollout.engine import Until
+from nemo_selfpref.rollout.serving.checked_engine import CheckedEngine
 from nemo_selfpref.rollout.serving.wire import (
     Call,
-    CompletionRecord,
     Failure,
     GenerateCall,
     Health,
     Info,
-    LabelRecord,
-    LabelsCall,
     Line,
-    ParamsRecord,
-    RequestRecord,
     Stamp,
     UpdateReport,
     WeightsCall,
 )
-from nemo_selfpref.types import (
-    Completion,
-    GenerationRequest,
-    LabelScores,
-    SamplingParams,
-    TokenIds,
-    WeightSet,
-)
+from nemo_selfpref.types import WeightSet
 
 CONNECT_S = 10.0
 SILENCE_S = 15.0
 """A server at work says so every second; after this long it is taken for dead."""
 
 Reply = TypeVar("Reply", bound=BaseModel)
-OnDone = Callable[[int, int], None]
 
 
-class ServerClient:
-    """One server. Safe to use from several threads.
+class ServerClient(CheckedEngine):
+    """RolloutEngine over one server. Safe to use from several threads.
 
     Args:
         url: http://host:port
@@ -60,7 +48,8 @@ class ServerClient:
         token: str,
         expect: Callable[[WeightSet], Stamp | None] = lambda _: None,
     ) -> None:
-        self.url, self.expect = url.rstrip("/"), expect
+        super().__init__(url.rstrip("/"), expect)
+        self.url = self.name
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -89,110 +78,10 @@ class ServerClient:
     def wake(self, timeout_s: float = 120.0) -> Health:
         return self._ask("POST", "/rollout/wake", Health, timeout_s)
 
-    # -- questions ----------------------------------------------------------------------------
-
-    def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        params: SamplingParams,
-        weight_set: WeightSet = WeightSet.POLICY,
-        on_done: OnDone | None = None,
-        until: Until = FOREVER,
-    ) -> list[Completion]:
-        """See RolloutEngine.generate."""
-        # Ids are the caller's and may repeat; places do not.
-        named = [
-            RequestRecord.of(r).model_copy(update={"id": str(i)}) for i, r in enumerate(requests)
-        ]
-        call = GenerateCall(
-            weight_set=weight_set,
-            expect=self.expect(weight_set),
-            timeout_s=until.remaining,
-            requests=named,
-            params=ParamsRecord.of(params),
-        )
-        found: dict[int, Completion] = {}
-        for record in self.stream_generate(call, until):
-            place = int(record.id)
-            made = record.model_copy(update={"id": requests[place].id})
-            found[place] = made.completion()
-            if on_done is not None:
-                on_done(1, len(record.token_ids))
-        return [found[i] for i in range(len(requests))]
-
-    def label_scores(
-        self,
-        prompts: Sequence[TokenIds],
-        labels: TokenIds,
-        weight_set: WeightSet = WeightSet.POLICY,
-        on_done: OnDone | None = None,
-        until: Until = FOREVER,
-    ) -> list[LabelScores]:
-        """See RolloutEngine.label_scores."""
-        call = LabelsCall(
-            weight_set=weight_set,
-            expect=self.expect(weight_set),
-            timeout_s=until.remaining,
-            prompts=[list(p) for p in prompts],
-            labels=list(labels),
-        )
-        found: dict[int, LabelScores] = {}
-        for record in self.stream_labels(call, until):
-            found[record.index] = record.scores()
-            if on_done is not None:
-                on_done(1, 0)
-        return [found[i] for i in range(len(prompts))]
-
-    def stream_generate(
-        self, call: GenerateCall, until: Until = FOREVER
-    ) -> Iterator[CompletionRecord]:
-        """Completions as they come, each asked for and each once.
-
-        Raises:
-            RolloutError: the server failed, or broke the contract.
-        """
-        wanted = {r.id for r in call.requests}
-        for line in self._stream("/rollout/generate", call, len(wanted), until):
-            record = line.completion
-            if record is None or record.id not in wanted:
-                raise self._broken(f"an answer nobody asked for: {str(line)[:200]}")
-            self._check_weights(call, record)
-            if len(record.token_ids) != len(record.logprobs) or not record.token_ids:
-                raise self._broken(
-                    f"{len(record.token_ids)} tokens with {len(record.logprobs)} log-probs"
-                )
-            wanted.remove(record.id)
-            yield record
-        if wanted:
-            raise self._broken(f"{len(wanted)} of {len(call.requests)} answers did not come")
-
-    def stream_labels(self, call: LabelsCall, until: Until = FOREVER) -> Iterator[LabelRecord]:
-        """The same for label scores."""
-        wanted = set(range(len(call.prompts)))
-        for line in self._stream("/rollout/labels", call, len(wanted), until):
-            record = line.label
-            if record is None or record.index not in wanted:
-                raise self._broken(f"a score nobody asked for: {str(line)[:200]}")
-            if len(record.logprobs) != len(call.labels):
-                raise self._broken(f"{len(record.logprobs)} scores for {len(call.labels)} labels")
-            wanted.remove(record.index)
-            yield record
-        if wanted:
-            raise self._broken(f"{len(wanted)} of {len(call.prompts)} scores did not come")
-
-    def _check_weights(self, call: GenerateCall, record: CompletionRecord) -> None:
-        got = Stamp(version=record.weight_version, digest=record.weight_digest)
-        if record.weight_set != call.weight_set or (call.expect and got != call.expect):
-            raise StaleWeightsError(
-                f"{self.url} answered with {record.weight_set.value} {got}, asked for "
-                f"{call.weight_set.value} {call.expect or ''}: the answer is refused"
-            )
-
     # -- transport ----------------------------------------------------------------------------
 
-    def _stream(self, path: str, call: Call, count: int, until: Until) -> Iterator[Line]:
-        if count == 0:
-            return
+    def _work(self, call: Call, emit: Callable[[Line], None], until: Until) -> None:
+        path = "/rollout/generate" if isinstance(call, GenerateCall) else "/rollout/labels"
         wait = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
         try:
             with self._http.stream(
@@ -201,22 +90,25 @@ class ServerClient:
                 if reply.status_code != 200:
                     reply.read()
                     raise self._refusal(reply)
-                yield from self._lines(reply, until)
+                self._read_lines(reply, emit, until)
         except httpx.TimeoutException as error:
             raise RolloutTimeout(f"{self.url}{path}: no answer in time ({error!r})") from error
         except httpx.HTTPError as error:
             raise RolloutError(f"{self.url}{path}: {error!r}") from error
 
-    def _lines(self, reply: httpx.Response, until: Until) -> Iterator[Line]:
+    def _read_lines(
+        self, reply: httpx.Response, emit: Callable[[Line], None], until: Until
+    ) -> None:
         for text in reply.iter_lines():
-            until.check(self.url)
+            if until.cancelled():  # leaving closes the connection, which stops the work there
+                return
             line = self._parsed(Line, text)
             if line.error is not None:
                 raise self._raised(line.error)
             if line.done is not None:
                 return
             if line.completion is not None or line.label is not None:
-                yield line
+                emit(line)
         raise self._broken("the reply was cut short")
 
     def _ask(
@@ -264,9 +156,6 @@ class ServerClient:
         if not (isinstance(kind, type) and issubclass(kind, RolloutError)):
             kind = RolloutError
         return kind(f"{self.url}: {failure.message}")
-
-    def _broken(self, what: str) -> RolloutError:
-        return RolloutError(f"{self.url} broke the contract: {what}")
 
 
 _JSON = {"Content-Type": "application/json"}

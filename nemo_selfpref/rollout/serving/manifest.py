@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def write_weights(
     """Write a folder of weights; it appears whole or not at all.
 
     Raises:
-        WeightSyncError: a value is not a number, a name comes twice, or the disk is full.
+        WeightSyncError: a value is not a number, a type is not one that is sent, a name comes
+            twice, or the disk is full.
     """
     try:
         with new_folder(folder, durable=False) as temporary, ThreadPoolExecutor(_threads()) as pool:
@@ -75,6 +77,12 @@ def write_weights(
                 probe=probe,
             )
             write_text(temporary / MANIFEST, manifest.model_dump_json(indent=1))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise WeightSyncError(
+            f"{weight_set.value} weights of version {version} cannot be described: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise WeightSyncError(
             f"{weight_set.value} weights of version {version} cannot be written to {folder}: "
@@ -107,13 +115,18 @@ def _write_files(
 
 def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     pending: dict[str, Tensor] = {}
+    storages: set[int] = set()
     used = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if (pending and used + size > _FILE_BYTES) or name in pending:
             yield pending
-            pending, used = {}, 0
-        pending[name] = tensor.detach().cpu().contiguous()
+            pending, storages, used = {}, set(), 0
+        value = tensor.detach().cpu().contiguous()
+        # A file cannot hold tensors that share their memory, such as one under two names.
+        storage = value.untyped_storage().data_ptr()
+        pending[name] = value.clone() if storage in storages else value
+        storages.add(storage)
         used += size
     yield pending
 
@@ -185,11 +198,9 @@ def check_complete(manifest: Manifest, expected: Mapping[str, TensorFacts]) -> N
     if len(found) != len(manifest.tensors):
         problems.append("a tensor is listed twice")
     if problems:
-        problems.sort()
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise WeightSyncError(
             f"{manifest.weight_set.value} version {manifest.version} is not this model: "
-            f"{'; '.join(problems[:_SHOWN])}{more}"
+            f"{_some(problems)}"
         )
 
 
@@ -235,6 +246,28 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
             return handle.get_tensor(entry.name)
     except (OSError, SafetensorError) as error:
         raise WeightSyncError(f"{path}: {entry.name} cannot be read: {error}") from error
+
+
+def check_names(folder: Path, expected: Set[str]) -> None:
+    """Raise WeightSyncError unless the files below `folder` hold each of the tensors, once, and
+    no others. Their contents are not read."""
+    found: list[str] = []
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as handle:
+                found += handle.keys()
+    except (OSError, SafetensorError) as error:
+        raise WeightSyncError(f"{folder}: the weights cannot be read: {error}") from error
+    problems = [f"{name} is missing" for name in expected - set(found)]
+    problems += [f"{name} is not listed" for name in set(found) - expected]
+    problems += [f"{name} comes twice" for name, count in Counter(found).items() if count > 1]
+    if problems:
+        raise WeightSyncError(f"{folder}: {_some(problems)}")
+
+
+def _some(problems: list[str]) -> str:
+    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{'; '.join(sorted(problems)[:_SHOWN])}{more}"
 
 
 def facts_of_folder(folder: Path) -> dict[str, TensorFacts]:

@@ -33,6 +33,7 @@ from nemo_selfpref.rollout.serving.manifest import (
     TensorFacts,
     check_complete,
     check_digest,
+    check_names,
     facts_of_folder,
     verify_files,
 )
@@ -55,6 +56,9 @@ from nemo_selfpref.types import FinishReason, WeightSet
 INITIAL = Stamp(version=-1, digest="initial")
 """The weights of the model's folder, before any were sent."""
 _IDLE_S = 0.2
+_HOTTEST = 2.0
+_MOST_LABELS = 128
+"""vLLM's own bounds on the temperature and on the tokens whose log-probs it gives by name."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class _Held:
     probe: Probe | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A call being answered."""
 
@@ -79,7 +83,7 @@ class _Job:
     """Requests in the engine: place in the call, and the name vLLM itself has for it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Order:
     """Something to do while nothing runs."""
 
@@ -112,7 +116,7 @@ class VLLMBackend:
         self._running: dict[str, _Job] = {}
         self._beat, self._calls = time.monotonic(), 0
         self._failure = ""
-        self._asleep = False
+        self._asleep = self._over = False
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
@@ -137,6 +141,7 @@ class VLLMBackend:
         if self._failure:
             raise RolloutError(f"the engine is quarantined: {self._failure}")
         self._check_weights(call)
+        self._check_settings(call)
         generate = isinstance(call, GenerateCall)
         prompts = [r.prompt_ids for r in call.requests] if generate else call.prompts
         for number, prompt in enumerate(prompts):
@@ -154,6 +159,22 @@ class VLLMBackend:
                     f"prompt {number} holds the token {max(prompt)}; the model knows "
                     f"{self._info.vocab_size}"
                 )
+
+    def _check_settings(self, call: GenerateCall | LabelsCall) -> None:
+        if isinstance(call, GenerateCall):
+            if call.params.temperature > _HOTTEST:
+                raise RolloutError(
+                    f"the temperature is {call.params.temperature}; vLLM samples at {_HOTTEST} at "
+                    "most. Lower rollout.temperature."
+                )
+        elif len(set(call.labels)) > _MOST_LABELS:
+            raise RolloutError(
+                f"{len(call.labels)} labels were asked for; vLLM weighs {_MOST_LABELS} at most"
+            )
+        elif max(call.labels) >= self._info.vocab_size:
+            raise RolloutError(
+                f"the label {max(call.labels)} is no token; the model knows {self._info.vocab_size}"
+            )
 
     def _check_weights(self, call: GenerateCall | LabelsCall) -> None:
         held = self._held.get(call.weight_set)
@@ -219,6 +240,16 @@ class VLLMBackend:
                 f"{manifest.weight_set.value} {manifest.stamp} is older than {held.stamp}, which "
                 "is served: refused"
             )
+        probe = manifest.probe
+        if probe is not None and (
+            max(probe.token_ids) >= self._info.vocab_size
+            or len(probe.token_ids) >= self.spec.max_length
+        ):
+            raise WeightSyncError(
+                f"the probe of {manifest.weight_set.value} {manifest.stamp} is no prompt of this "
+                f"model: {len(probe.token_ids)} tokens up to {max(probe.token_ids)}; at most "
+                f"{self.spec.max_length - 1} below {self._info.vocab_size} are possible"
+            )
         check_digest(manifest)
         check_complete(manifest, self._facts)
 
@@ -242,13 +273,17 @@ class VLLMBackend:
 
     def _send(self, item: _Job | _Order) -> None:
         self._inbox.put(item)
-        if not self._thread.is_alive():
+        # Looked at after the put: what comes later than the last emptying of the inbox sees it.
+        if self._over:
             raise RolloutError(f"the engine has died: {self._failure}")
 
     # -- on the engine's thread ---------------------------------------------------------------
 
     def _run(self) -> None:
         try:
+            # Asking makes torch give this thread the process's number of OpenMP threads. It would
+            # at its first own operation; vLLM's kernels fail where it changes between two of them.
+            import_module("torch").get_num_threads()
             while self._take():
                 self._give_up()
                 self._admit()
@@ -259,6 +294,7 @@ class VLLMBackend:
         except BaseException as error:
             reason = f"vLLM failed: {error!r}"
         self._failure = self._failure or reason
+        self._over = True
         self._refuse_all(RolloutError(f"the engine has died: {self._failure}"))
 
     def _refuse_all(self, error: RolloutError) -> None:
@@ -297,7 +333,8 @@ class VLLMBackend:
     def _abort(self, job: _Job) -> None:
         self._engine.abort_request([own for _, own in job.open.values()], internal=True)
         for name in job.open:
-            del self._running[name]
+            self._running.pop(name, None)
+        job.open.clear()
 
     def _admit(self) -> None:
         """Start what stands first in the line, until something must wait for the engine to be
@@ -313,7 +350,18 @@ class VLLMBackend:
                     item.done.set_result(item.act())
                 else:
                     self._start(item)
-            except RolloutError as error:
+            except Exception as error:
+                self._fail(item, error)
+
+    def _fail(self, item: _Job | _Order, error: Exception) -> None:
+        """End one call or order; the engine goes on."""
+        if not isinstance(error, RolloutError):
+            error = RolloutError(f"vLLM refused or failed: {error!r}")
+        try:
+            if isinstance(item, _Job):
+                self._abort(item)
+        finally:  # It is in no line any more: nobody else would tell who waits for it.
+            if not item.done.done():
                 item.done.set_exception(error)
 
     def _start(self, job: _Job) -> None:
@@ -338,16 +386,19 @@ class VLLMBackend:
         final_only = import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
         common = {"detokenize": False, "ignore_eos": True, "output_kind": final_only}
         if isinstance(call, LabelsCall):
+            wanted = sorted(set(call.labels))
             labels = make(
                 temperature=0.0,
                 max_tokens=1,
-                logprobs=len(call.labels),
-                logprob_token_ids=list(call.labels),
+                logprobs=len(wanted),
+                logprob_token_ids=wanted,
                 **common,
             )
             return [(prompt, labels) for prompt in call.prompts]
         p = call.params
-        stop = sorted({*self.spec.stop_ids, *p.stop_token_ids})
+        # vLLM refuses a stop token that the model cannot make.
+        stops = {*self.spec.stop_ids, *p.stop_token_ids}
+        stop = sorted(token for token in stops if token < self._info.vocab_size)
         return [
             (
                 r.prompt_ids,
@@ -377,9 +428,8 @@ class VLLMBackend:
         number, _ = job.open.pop(output.request_id)
         try:
             job.emit(self._record(job.call, number, output))
-        except RolloutError as error:
-            self._abort(job)
-            job.done.set_exception(error)
+        except Exception as error:
+            self._fail(job, error)
             return
         if not job.open:
             job.done.set_result(None)
@@ -410,6 +460,9 @@ class VLLMBackend:
     def _install(
         self, folder: Path, manifest: Manifest, verify_s: float, since: float
     ) -> UpdateReport:
+        if self._asleep:
+            raise WeightSyncError("the engine sleeps and takes in no weights: wake it first")
+        self._check_manifest(manifest)  # again: a newer one may have been taken in meanwhile
         before = self._held[manifest.weight_set]
         wait_s = time.monotonic() - since
         new = _Held(folder, manifest.stamp, manifest.run, manifest.probe)
@@ -457,6 +510,9 @@ class VLLMBackend:
     def _load(self, held: _Held) -> tuple[float, float, float | None]:
         """Weights into vLLM, an empty prefix cache, the probe; seconds and the probe's error."""
         started = time.monotonic()
+        # A set may be swapped in long after its files were verified: vLLM would load what is left
+        # of a folder without a word.
+        check_names(held.folder, self._facts.keys())
         self._engine.collective_rpc("selfpref_load", args=(str(held.folder),))
         if self._engine.reset_prefix_cache() is False:
             raise WeightSyncError("vLLM did not empty its prefix cache")
@@ -571,6 +627,7 @@ def _build(spec: EngineSpec) -> tuple[Any, Any]:
         enable_prefix_caching=spec.enable_prefix_caching,
         enforce_eager=spec.enforce_eager or spec.device == "cpu",
         enable_sleep_mode=spec.enable_sleep_mode,
+        max_logprobs=_MOST_LABELS,
         disable_log_stats=True,
         worker_extension_cls="nemo_selfpref.rollout.serving.vllm_worker.WeightReceiver",
         **settings,

@@ -27,6 +27,7 @@ class WeightReceiver:
         reload = import_module("vllm.model_executor.model_loader.reload")
         model = self.model_runner.get_model()
         with config.set_current_vllm_config(self.vllm_config), torch.inference_mode():
+            _forget_packed_experts(model)
             reload.initialize_layerwise_reload(model)
             model.load_weights(_tensors(Path(folder)))
             reload.finalize_layerwise_reload(model, self.model_runner.model_config)
@@ -38,6 +39,15 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 yield name, handle.get_tensor(name)
+
+
+def _forget_packed_experts(model: Any) -> None:
+    """On a CPU experts that have a kernel already are not packed again, and the old ones serve."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in layer.parameters())
+        if on_cpu and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def _pack_tied_head(model: Any) -> None:

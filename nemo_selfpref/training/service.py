@@ -1,0 +1,352 @@
+"""A run's rollout servers: started or reached by its first rank, given the run's weights, asked by
+all of its ranks together."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_selfpref import errors
+from nemo_selfpref.config.schema import Placement, Precision, RunConfig, WeightTransport
+from nemo_selfpref.errors import RolloutError, SelfPrefError
+from nemo_selfpref.files import write_text
+from nemo_selfpref.megatron.parallel import all_gather_json, world_group
+from nemo_selfpref.megatron.policy import Policy
+from nemo_selfpref.monitor.console import Console
+from nemo_selfpref.rollout.engine import FOREVER, Until
+from nemo_selfpref.rollout.serving.auth import make_token, read_token
+from nemo_selfpref.rollout.serving.fleet import Fleet, FleetSettings, RemoteMember
+from nemo_selfpref.rollout.serving.launcher import ChildProcess, engine_environment
+from nemo_selfpref.rollout.serving.local_client import BackendEngine
+from nemo_selfpref.rollout.serving.plan import front_spec_of
+from nemo_selfpref.rollout.serving.wire import Info, Stamp, WeightsCall
+from nemo_selfpref.training.handover import Send
+from nemo_selfpref.training.making import completion_of_json
+from nemo_selfpref.training.places import WeightPlaces
+from nemo_selfpref.training.publish import WeightPublisher, write_model_folder
+from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.serve import front_command
+from nemo_selfpref.training.session import Start
+from nemo_selfpref.types import (
+    Completion,
+    GenerationRequest,
+    LabelScores,
+    SamplingParams,
+    TokenIds,
+    WeightSet,
+)
+
+_TURN_S = 10.0
+"""Ranks that wait for the first one hear from it this often, so no collective runs into its own
+deadline however long an answer takes."""
+
+
+class RolloutService:
+    """RolloutEngine over servers; every rank of the run makes every call, in the same order.
+
+    Args:
+        asked: the sets of weights that the algorithm samples from or judges with.
+        folder: the run's, for the token, logs and the model that engines start from.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        policy: Policy,
+        places: WeightPlaces,
+        start: Start,
+        folder: Path,
+        console: Console,
+        asked: frozenset[WeightSet],
+    ) -> None:
+        self.cfg, self.policy, self.places, self.start = cfg, policy, places, start
+        self.folder, self.console, self.asked = folder.resolve() / "rollout", console, asked
+        self.main = policy.layout.is_main
+        self.direct: BackendEngine | None = None
+        """The servers as the first rank asks them by itself, from any thread."""
+        self._fleet: Fleet | None = None
+        self._expected: dict[WeightSet, Stamp] = {}
+        self._ends = ExitStack()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout-call")
+        self._weights_dir = _weights_dir(cfg, self.folder)
+        self._publisher = WeightPublisher(
+            policy,
+            places.weights,
+            folder=self._weights_dir,
+            run=secrets.token_hex(8),
+            tolerance=cfg.rollout.vllm.probe_tolerance,
+            transport=cfg.rollout.vllm.transport,
+            host=cfg.rollout.vllm.host,
+            timeout_s=cfg.rollout.vllm.sync_timeout_s,
+            keep=cfg.rollout.max_staleness + 2,
+        )
+
+    # -- beginning and end --------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Start the servers, or reach those that run. Collective.
+
+        Raises:
+            ConfigError, RolloutError: on every rank; what was started has ended again.
+        """
+        needs_folder = self._needs_model_folder()
+        if needs_folder:
+            write_model_folder(self.policy, self.start.tokenizer, self.folder / "model")
+        if self.main:
+            self.console.say("rollouts: starting engines ...")
+        self.share(self._pool.submit(self._open) if self.main else None)
+
+    def _needs_model_folder(self) -> bool:
+        own = self.start.folder
+        is_hugging_face = own is not None and (own / "config.json").is_file()
+        return not self.cfg.rollout.vllm.urls and not is_hugging_face
+
+    def _open(self) -> None:
+        v = self.cfg.rollout.vllm
+        try:
+            token_file = Path(v.token_file) if v.token_file else self.folder / "token"
+            token = read_token(token_file) if v.urls else make_token(token_file)
+            urls = list(v.urls) or [self._start_front(token_file)]
+            members = [RemoteMember(f"server-{n}", url, token) for n, url in enumerate(urls)]
+            settings = FleetSettings(
+                health_every_s=v.health_every_s,
+                suspect_after=v.suspect_after,
+                max_restarts=0,
+                min_engines=1,
+                start_timeout_s=v.start_timeout_s,
+            )
+            fleet = Fleet(members, settings, self.console.say)
+            self._ends.callback(fleet.close)
+            fleet.start(Until.within(v.start_timeout_s))
+            self._check(fleet.info())
+            self._fleet = fleet
+            self.direct = BackendEngine(fleet, self._expected.get)
+            self._show(urls, fleet.info())
+        except BaseException:
+            self._ends.close()
+            raise
+
+    def _start_front(self, token_file: Path) -> str:
+        own, v = self.start.folder, self.cfg.rollout.vllm
+        tokenizer_folder = self.folder / "tokenizer"
+        self.start.tokenizer.save_pretrained(str(tokenizer_folder))
+        model = self.folder / "model" if self._needs_model_folder() else own
+        assert model is not None
+        spec = front_spec_of(
+            self.cfg,
+            model_folder=model.resolve(),
+            tokenizer_folder=tokenizer_folder,
+            stop_ids=sorted(self.start.tokenizer.stop_ids),
+            tokenizer_sha256=self.start.tokenizer.fingerprint(),
+            max_length=self.start.arch.max_position_embeddings,
+            weight_sets=sorted(name.value for name in self.asked),
+            work=self.folder,
+            token_file=token_file.resolve(),
+            weights_dir=self._weights_dir,
+        )
+        path = self.folder / "front.spec.json"
+        write_text(path, spec.model_dump_json(indent=1))
+        process = ChildProcess(
+            front_command(path),
+            ready_file=Path(spec.ready_file),
+            log=self.folder / "front.log",
+            env=engine_environment(None),
+        )
+        self._ends.callback(process.stop)
+        port = process.wait_ready(Until.within(v.start_timeout_s + 30.0))
+        return f"http://{v.host}:{port}"
+
+    def _check(self, info: Info) -> None:
+        """Refuse servers that do not fit the run."""
+        bf16 = self.cfg.trainer.precision is Precision.bf16
+        wanted: dict[str, Any] = {
+            "tokenizer_sha256": self.start.tokenizer.fingerprint(),
+            "vocab_size": self.start.arch.vocab_size,
+            "dtype": "bfloat16" if bf16 else "float32",
+        }
+        found = info.model_dump()
+        wrong = [f"{k} is {found[k]}, the run's is {v}" for k, v in wanted.items() if found[k] != v]
+        missing = sorted(name.value for name in self.asked if name.value not in info.weight_sets)
+        if missing:
+            wrong.append(f"no engine holds {', '.join(missing)} weights")
+        if wrong:
+            raise RolloutError(
+                f"the rollout servers do not fit this run: {'; '.join(wrong)}. Start them with the "
+                "run's model and tokenizer: selfpref serve --weights "
+                + ",".join(sorted(name.value for name in self.asked))
+            )
+
+    def _show(self, urls: Sequence[str], info: Info) -> None:
+        memory = ", ".join(f"{k} {v / 2**20:,.0f} MB" for k, v in sorted(info.memory.items()))
+        self.console.say(
+            f"rollouts: {info.engine} {info.versions.get(info.engine, '')} at {', '.join(urls)}, "
+            f"placement {self.cfg.rollout.placement.name}, weight sets "
+            f"{', '.join(info.weight_sets)}; memory of the engines: {memory}"
+        )
+
+    def close(self) -> None:
+        """End what was started here."""
+        self._ends.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.main:
+            self._publisher.close()
+
+    # -- the weights --------------------------------------------------------------------------
+
+    def hand_over(self) -> Callable[[], None]:
+        """See RolloutAccess.hand_over."""
+        calls: list[WeightsCall] = []
+        for name in sorted(self.asked):
+            if name is not WeightSet.FROZEN and name not in self.places.weights:
+                continue  # an EMA begins with its stage
+            self.places.ready(name)
+            if not self._publisher.needed(name):
+                continue
+            if self.cfg.rollout.vllm.transport is not WeightTransport.folder:
+                self._broadcast(name)
+                continue
+            self._publisher.publish(name, None)
+            if self.main:
+                calls.append(self._publisher.call(name))
+
+        def give() -> None:
+            assert self._fleet is not None
+            self.wake()
+            while calls:
+                manifest = calls[0].manifest
+                self._fleet.update(calls[0])
+                self._expected[manifest.weight_set] = manifest.stamp
+                calls.pop(0)
+
+        return give
+
+    def _broadcast(self, name: WeightSet) -> None:
+        """Send weights while every rank waits: the engines are idle. Collective."""
+        sends: list[Send] = []
+        if self._fleet is not None:
+            self.wake()
+            sends = [member.client.update for member in self._fleet.members]
+        stamp = self._publisher.publish(name, sends)
+        if self._fleet is not None:
+            self._fleet.took_in(name, stamp)
+            self._expected[name] = stamp
+
+    @property
+    def _sleeps(self) -> bool:
+        colocated = self.cfg.rollout.placement is Placement.colocated
+        return colocated and self.policy.platform.cuda and not self.cfg.rollout.vllm.urls
+
+    def wake(self) -> None:
+        if self._sleeps and self._fleet is not None:
+            self._fleet.wake()
+
+    def rest(self) -> None:
+        """Give the trainer the memory of the GPU that it shares with the engines."""
+        if self._sleeps and self._fleet is not None:
+            self._fleet.sleep()
+
+    # -- questions ----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        params: SamplingParams,
+        weight_set: WeightSet = WeightSet.POLICY,
+        on_done: Callable[[int, int], None] | None = None,
+        until: Until = FOREVER,
+    ) -> list[Completion]:
+        """See RolloutEngine.generate."""
+        self._check_asked(weight_set)
+        give = self.hand_over()
+
+        def ask() -> list[dict[str, Any]]:
+            assert self.direct is not None
+            give()
+            found = self.direct.generate(requests, params, weight_set, on_done, until)
+            self.rest()
+            return [asdict(c) for c in found]
+
+        rows = self.share(self._pool.submit(ask) if self.main else None)
+        return [completion_of_json(row) for row in rows]
+
+    def label_scores(
+        self,
+        prompts: Sequence[TokenIds],
+        labels: TokenIds,
+        weight_set: WeightSet = WeightSet.POLICY,
+        on_done: Callable[[int, int], None] | None = None,
+        until: Until = FOREVER,
+    ) -> list[LabelScores]:
+        """See RolloutEngine.label_scores."""
+        self._check_asked(weight_set)
+        give = self.hand_over()
+
+        def ask() -> list[list[Any]]:
+            assert self.direct is not None
+            give()
+            found = self.direct.label_scores(prompts, labels, weight_set, on_done, until)
+            self.rest()
+            return [[list(s.logprobs), s.best] for s in found]
+
+        rows = self.share(self._pool.submit(ask) if self.main else None)
+        return [LabelScores(tuple(logprobs), best) for logprobs, best in rows]
+
+    def asking(self, rollouts: EngineRollouts, cancelled: Callable[[], bool]) -> EngineRollouts:
+        """The same rollouts for a thread of the first rank, without the other ranks."""
+        return EngineRollouts(
+            rollouts.cfg,
+            rollouts.tokenizer,
+            self.direct or self,
+            lambda _: None,
+            self.start.arch.max_position_embeddings,
+            cancelled=cancelled,
+        )
+
+    def _check_asked(self, weight_set: WeightSet) -> None:
+        if weight_set not in self.asked:
+            raise RolloutError(
+                f"{self.cfg.algorithm.name} asks for {weight_set.value} weights but declares "
+                f"{', '.join(sorted(n.value for n in self.asked))} (Algorithm.asked_weights)"
+            )
+
+    def share(self, future: Future[Any] | None) -> Any:
+        """See RolloutAccess.share."""
+        group, device = world_group(), self.policy.platform.device()
+        while True:
+            state: dict[str, Any] = {}
+            if future is not None and wait([future], timeout=_TURN_S).done:
+                error = future.exception()
+                state = {"value": future.result()} if error is None else _told(error)
+            state = all_gather_json(state, group, device)[0]
+            if "value" in state:
+                return state["value"]
+            if "error" in state:
+                if future is not None:
+                    raise future.exception() or AssertionError
+                raise _raised(state)
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _raised(state: dict[str, Any]) -> SelfPrefError:
+    kind = getattr(errors, state["error"], RolloutError)
+    return kind(f"on the first rank: {state['error']}: {state['message']}")
+
+
+def _weights_dir(cfg: RunConfig, folder: Path) -> Path:
+    """Where new weights are put: memory, where the machine has it as a folder."""
+    given = cfg.rollout.vllm.weights_dir
+    if given is not None:
+        return Path(given).resolve()
+    shared = Path("/dev/shm")
+    if os.access(shared, os.W_OK) and not cfg.rollout.vllm.urls:
+        return shared / f"selfpref-{os.getuid()}" / folder.parent.name / secrets.token_hex(4)
+    return folder / "weights"
