@@ -5,6 +5,7 @@
 # make gpu-check  checks, benchmarks and tests on a GPU; says what was skipped. DRY=1: the plan
 # make bench PAIRS=pairs.jsonl  DPO pairs per second, ours over TRL's; without PAIRS, made-up pairs
 # make bench-steps PAIRS=pairs.jsonl  what a step costs: losses, packing, sharing, EMA, segments, cache
+# make bench-rollout  rollout servers over vLLM itself, new weights, steps ahead, judge, embedded
 # make invariance  every parallel layout against one process: the largest differences
 # make bench-head  memory, time and error of the log-prob head at a vocabulary of 131,072
 PYTHON ?= python3
@@ -21,7 +22,7 @@ ROLLOUT_STAMP := $(ROLLOUT_VENV)/.ready
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help setup rollout-env demo test test-slow gpu-check lint bench bench-steps bench-head invariance clean
+.PHONY: help setup rollout-env demo test test-slow gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -86,6 +87,9 @@ bench: setup $(BENCH_STAMP)
 
 bench-steps: setup
 	$(BIN)/python benchmarks/steps.py $(if $(PAIRS),--pairs $(PAIRS)) $(BENCH_ARGS)
+
+bench-rollout: setup rollout-env
+	$(BIN)/python benchmarks/rollout.py $(BENCH_ARGS)
 
 bench-head: setup
 	$(BIN)/python benchmarks/logprob_head.py --json runs/bench/logprob_head.json $(BENCH_ARGS)

@@ -76,6 +76,11 @@ def _servers(r: RolloutConfig) -> Iterator[str]:
         return
     if v.token_file is None:
         yield "rollout.vllm.urls needs rollout.vllm.token_file, the file selfpref serve named"
+    if v.transport is WeightTransport.folder and v.weights_dir is None:
+        yield (
+            "rollout.vllm.urls with rollout.vllm.transport=folder needs rollout.vllm.weights_dir, "
+            "the folder selfpref serve named; where it cannot be reached, use transport=gloo"
+        )
     for name in ("python", "port", "host", "devices", "engines_per_set", "max_num_seqs"):
         if getattr(v, name) != getattr(default, name):
             yield f"rollout.vllm.{name} is of a server to be started; rollout.vllm.urls names some"

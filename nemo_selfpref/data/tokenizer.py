@@ -74,9 +74,11 @@ class ChatTokenizer(ABC):
     def encode_prompt(self, messages: Sequence[Message]) -> TokenIds:
         """Token ids of a conversation up to and including the header of the answer to come."""
         key = tuple((message["role"], message["content"]) for message in messages)
-        if self._last_prompt is None or self._last_prompt[0] != key:
-            self._last_prompt = (key, self.encode_chat(messages, add_generation_prompt=True))
-        return self._last_prompt[1]
+        last = self._last_prompt  # once: another thread may put its own there meanwhile
+        if last is None or last[0] != key:
+            last = (key, self.encode_chat(messages, add_generation_prompt=True))
+            self._last_prompt = last
+        return last[1]
 
     def encode_response(self, messages: Sequence[Message], response: str) -> TokenIds:
         """Token ids of an answer to `messages`, the end-of-turn token last.

@@ -36,6 +36,7 @@ class RolloutCheck:
         say: Callable[[str], None],
     ) -> None:
         self.weights, self._ready, self.alarm, self._say = weights, ready, alarm, say
+        self._warned = False
 
     def metrics(self, sampled: Sequence[Sampled]) -> dict[str, float]:
         """Collective. Over the tokens of the answers |rollout - trainer| in the mean and at most,
@@ -50,13 +51,15 @@ class RolloutCheck:
         if not pairs:
             return {}
         found = compare(pairs)
-        if not found["rollout/logprob_diff_mean"] <= self.alarm:
+        apart = not found["rollout/logprob_diff_mean"] <= self.alarm
+        if apart and not self._warned:
             self._say(
                 "warning: the log-probs of sampled tokens differ by "
                 f"{found['rollout/logprob_diff_mean']:.3g} in the mean from the trainer's "
                 f"(rollout.logprob_alarm={self.alarm}): the engine may hold other weights, another "
                 "precision, or weights much older than the trainer's"
             )
+        self._warned = apart  # once each time it begins
         return found
 
     def _own(self, name: WeightSet, sampled: Sequence[Sampled]) -> list[list[float]]:

@@ -13,7 +13,7 @@ import httpx
 from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.rollout.serving.front_spec import FrontSpec
-from nemo_selfpref.rollout.serving.plan import exposure_warning
+from nemo_selfpref.rollout.serving.plan import exposure_warning, reachable
 
 COLUMNS = ("engine", "url", "weights", "device", "weights MB", "KV cache MB")
 
@@ -21,7 +21,7 @@ COLUMNS = ("engine", "url", "weights", "device", "weights MB", "KV cache MB")
 def show(console: Console, spec: FrontSpec, port: int) -> None:
     """The engines of a front that answers on `port`, and how to use them."""
     token_file = Path(spec.token_file)
-    rows = fleet_rows(f"http://{_local(spec.host)}:{port}", token_file)
+    rows = fleet_rows(f"http://{reachable(spec.host)}:{port}", token_file)
     devices = {entry.name: _device(entry.spec.device, entry.devices) for entry in spec.engines}
     console.table("Engines", COLUMNS, [_row(row, devices) for row in rows])
     host = socket.gethostname() if spec.host in ("0.0.0.0", "::", "") else spec.host
@@ -69,8 +69,3 @@ def _row(row: Mapping[str, Any], devices: Mapping[str, str]) -> list[Any]:
 
 def _device(kind: str, visible: str | None) -> str:
     return kind if visible is None else f"{kind} {visible}"
-
-
-def _local(host: str) -> str:
-    """What listens on every address is reached by this machine's own."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from nemo_selfpref.rollout.serving.auth import make_token, read_token
 from nemo_selfpref.rollout.serving.fleet import Fleet, FleetSettings, RemoteMember
 from nemo_selfpref.rollout.serving.launcher import ChildProcess, engine_environment
 from nemo_selfpref.rollout.serving.local_client import BackendEngine
-from nemo_selfpref.rollout.serving.plan import front_spec_of
+from nemo_selfpref.rollout.serving.plan import exposure_warning, front_spec_of, reachable
 from nemo_selfpref.rollout.serving.wire import Info, Stamp, WeightsCall
 from nemo_selfpref.training.handover import Send
 from nemo_selfpref.training.making import completion_of_json
@@ -32,7 +33,7 @@ from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.publish import WeightPublisher, write_model_folder
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.serve import front_command
-from nemo_selfpref.training.session import Start
+from nemo_selfpref.training.session import Start, tokenizer_folder
 from nemo_selfpref.types import (
     Completion,
     GenerationRequest,
@@ -134,14 +135,14 @@ class RolloutService:
 
     def _start_front(self, token_file: Path) -> str:
         own, v = self.start.folder, self.cfg.rollout.vllm
-        tokenizer_folder = self.folder / "tokenizer"
-        self.start.tokenizer.save_pretrained(str(tokenizer_folder))
+        tokenizer = self.cfg.model.tokenizer.path or tokenizer_folder(own)
+        assert tokenizer is not None, "find_start has read a tokenizer"
         model = self.folder / "model" if self._needs_model_folder() else own
         assert model is not None
         spec = front_spec_of(
             self.cfg,
             model_folder=model.resolve(),
-            tokenizer_folder=tokenizer_folder,
+            tokenizer_folder=Path(tokenizer).resolve(),
             stop_ids=sorted(self.start.tokenizer.stop_ids),
             tokenizer_sha256=self.start.tokenizer.fingerprint(),
             max_length=self.start.arch.max_position_embeddings,
@@ -160,7 +161,9 @@ class RolloutService:
         )
         self._ends.callback(process.stop)
         port = process.wait_ready(Until.within(v.start_timeout_s + 30.0))
-        return f"http://{v.host}:{port}"
+        if warning := exposure_warning(v.host):
+            self.console.say(warning)
+        return f"http://{reachable(v.host)}:{port}"
 
     def _check(self, info: Info) -> None:
         """Refuse servers that do not fit the run."""
@@ -194,8 +197,12 @@ class RolloutService:
         """End what was started here."""
         self._ends.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self.main:
-            self._publisher.close()
+        if not self.main:
+            return
+        if self.cfg.rollout.vllm.urls:
+            return  # those servers go on, and an engine of theirs may have to be started again
+        self._publisher.close()
+        shutil.rmtree(self._weights_dir, ignore_errors=True)
 
     # -- the weights --------------------------------------------------------------------------
 
@@ -343,10 +350,9 @@ def _raised(state: dict[str, Any]) -> SelfPrefError:
 
 def _weights_dir(cfg: RunConfig, folder: Path) -> Path:
     """Where new weights are put: memory, where the machine has it as a folder."""
+    own = f"selfpref-{os.getuid()}-{secrets.token_hex(4)}"
     given = cfg.rollout.vllm.weights_dir
     if given is not None:
-        return Path(given).resolve()
+        return Path(given).resolve() / own
     shared = Path("/dev/shm")
-    if os.access(shared, os.W_OK) and not cfg.rollout.vllm.urls:
-        return shared / f"selfpref-{os.getuid()}" / folder.parent.name / secrets.token_hex(4)
-    return folder / "weights"
+    return shared / own if os.access(shared, os.W_OK) else folder / "weights"

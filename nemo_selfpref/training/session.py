@@ -51,7 +51,7 @@ def find_start(cfg: RunConfig) -> Start:
     """
     folder = Path(cfg.model.restore_from_path) if cfg.model.restore_from_path else None
     arch = _architecture(cfg, folder)
-    tokenizer = load_tokenizer(cfg.model.tokenizer, _tokenizer_folder(folder))
+    tokenizer = load_tokenizer(cfg.model.tokenizer, tokenizer_folder(folder))
     if tokenizer.vocab_size > arch.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries, the model only {arch.vocab_size}: "
@@ -98,7 +98,8 @@ def _check_given(arch: ArchitectureConfig) -> None:
         )
 
 
-def _tokenizer_folder(folder: Path | None) -> str | None:
+def tokenizer_folder(folder: Path | None) -> str | None:
+    """Where the tokenizer of a start folder lies."""
     if folder is None:
         return None
     return str(folder / "tokenizer" if is_checkpoint(folder) else folder)

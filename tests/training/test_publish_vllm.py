@@ -14,7 +14,6 @@ from tiny import MakePolicy, save_llama, scale
 from tiny_mixtral import mixtral_policy, save_mixtral
 
 from nemo_selfpref.data.tokenizer import ChatTokenizer
-from nemo_selfpref.errors import WeightSyncError
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.rollout.engine import RolloutEngine

@@ -3,6 +3,8 @@ bounded size, JSON only."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import os
 import secrets
@@ -12,6 +14,7 @@ from typing import Any
 from nemo_selfpref.errors import ConfigError
 
 MAX_BODY_BYTES = 256 * 2**20
+_DRAIN_BYTES, _DRAIN_S = 2**20, 1.0
 _Message = dict[str, Any]
 
 
@@ -63,7 +66,9 @@ class Guard:
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.token):
-            await _answer(send, 401, "a bearer token is needed: Authorization: Bearer TOKEN")
+            await _refuse(
+                receive, send, 401, "a bearer token is needed: Authorization: Bearer TOKEN"
+            )
             return
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         length = headers.get(b"content-length", b"0")
@@ -71,10 +76,12 @@ class Guard:
             length != b"0" or b"transfer-encoding" in headers
         )
         if has_body and kind != b"application/json":
-            await _answer(send, 415, "the body must be application/json")
+            await _refuse(receive, send, 415, "the body must be application/json")
             return
         if not length.isdigit() or int(length) > self.max_body_bytes:
-            await _answer(send, 413, f"the body is larger than {self.max_body_bytes} bytes")
+            await _refuse(
+                receive, send, 413, f"the body is larger than {self.max_body_bytes} bytes"
+            )
             return
         await self._bounded(scope, receive, send)
 
@@ -104,7 +111,22 @@ class Guard:
             if not refused:
                 raise
         if refused and not started:
-            await _answer(send, 413, f"the body is larger than {self.max_body_bytes} bytes")
+            await _refuse(
+                receive, send, 413, f"the body is larger than {self.max_body_bytes} bytes"
+            )
+
+
+async def _refuse(receive: Any, send: Any, status: int, message: str) -> None:
+    """Answer, having read some of the body: a client that is cut off while it sends may never see
+    the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            read, more = 0, True
+            while more and read < _DRAIN_BYTES:
+                part = await receive()
+                read += len(part.get("body", b""))
+                more = part["type"] == "http.request" and part.get("more_body", False)
+    await _answer(send, status, message)
 
 
 async def _answer(send: Any, status: int, message: str) -> None:

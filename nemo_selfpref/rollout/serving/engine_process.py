@@ -30,7 +30,9 @@ def serve(app: FastAPI, host: str, port: int, ready: Callable[[int], None]) -> N
     """Answer until the process is told to end or its standard input does; `ready` is given the
     port, once questions are answered there."""
     with socket.create_server((host, port)) as listener:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
+        )
         server = uvicorn.Server(config)
         threading.Thread(target=_end_with_stdin, args=(server,), daemon=True).start()
         ready(listener.getsockname()[1])

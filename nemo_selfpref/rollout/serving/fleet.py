@@ -116,7 +116,10 @@ class Fleet:
         roster = self._roster
         with roster.changed:
             short = [] if roster.asleep else [s for s in roster.weight_sets if not self._served(s)]
-            status = "sleeping" if roster.asleep else "quarantined" if short else "serving"
+            status = "sleeping" if roster.asleep else "serving"
+            if short:  # while engines of ours are being started again, it only takes a while
+                back = all(self._can_serve(name) for name in short)
+                status = "starting" if back else "quarantined"
             known = {s.value: stamp for s in roster.weight_sets if (stamp := roster.latest.get(s))}
             seen = [m.health for m in self.members if m.health and m.state is State.SERVING]
             return Health(
@@ -126,6 +129,11 @@ class Fleet:
                 running=sum(health.running for health in seen),
                 weights=known,
             )
+
+    def _can_serve(self, name: WeightSet) -> bool:
+        members = self._roster.of(name)
+        there = [m for m in members if m.state is State.SERVING or self._roster.comes_back(m, name)]
+        return len(there) >= self.settings.min_engines
 
     def _served(self, name: WeightSet) -> bool:
         members = [m for m in self._roster.of(name) if m.state is State.SERVING]

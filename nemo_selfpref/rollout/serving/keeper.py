@@ -90,6 +90,8 @@ class Keeper:
         asleep = health.status == "sleeping" and self.roster.asleep
         if health.status == "quarantined":
             self._quarantine(health.reason or "it says so itself")
+        elif health.status == "starting":  # a fleet whose own engines are on their way back
+            self.roster.set_state(self.member, State.SUSPECT, health.reason)
         elif health.status != "serving" and not asleep:
             self._failed(f"it says that it is {health.status}")
         elif quiet and health.beat_age_s > self.roster.settings.stall_s:

@@ -158,6 +158,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def reachable(host: str) -> str:
+    """What listens on every address is reached by this machine's own."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
+
+
 def exposure_warning(host: str) -> str | None:
     """What to tell whoever lets others reach a server; None where nobody else can."""
     if is_loopback(host):

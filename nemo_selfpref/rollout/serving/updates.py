@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -52,7 +52,8 @@ class Updates:
         """Send new weights to every engine of their set.
 
         An engine that fails while enough others take them is brought up to date before it is asked
-        again. Where too few take them, those that did go back to the ones before.
+        again. Where too few take them because engines died, they are sent again once those are
+        back; where one refuses them, those that did take them go back to the ones before.
         """
         manifest, roster = call.manifest, self.roster
         name = manifest.weight_set
@@ -60,21 +61,41 @@ class Updates:
             raise WeightSyncError("a fleet sends weights from folders; the server joins groups")
         with self._lock:
             self._check_update(manifest)
-            try:
-                members = self._live(name, Until.within(call.timeout_s, roster.closing.is_set))
-            except RolloutError as error:
-                raise WeightSyncError(f"{name.value} {manifest.stamp} was not sent: {error}") from (
-                    error
-                )
-            with roster.updating(name):
-                reports, failures = self._send(members, call)
-                if len(reports) < self.roster.settings.min_engines:
-                    raise WeightSyncError(self._why(manifest, members, failures))
-                with roster.changed:
-                    roster.latest[name], roster.calls[name] = manifest.stamp, call
-        for member, error in failures.items():
-            roster.note(f"{member.name} did not take in {name.value} {manifest.stamp}: {error}")
-        return _slowest(reports)
+            until = Until.within(call.timeout_s, roster.closing.is_set)
+            while True:
+                members = self._members(manifest, until)
+                with roster.updating(name):
+                    epochs = {m: m.epoch for m in members}
+                    reports, failures = self._send(members, call)
+                    enough = len(reports) >= roster.settings.min_engines
+                    refused = any(isinstance(e, WeightSyncError) for e in failures.values())
+                    if enough:
+                        with roster.changed:
+                            roster.latest[name], roster.calls[name] = manifest.stamp, call
+                    elif refused or until.over:
+                        raise WeightSyncError(self._why(manifest, members, failures))
+                what = f"{name.value} {manifest.stamp}"
+                for member, error in failures.items():
+                    roster.note(f"{member.name} did not take in {what}: {error}")
+                    roster.fault(member, epochs[member], str(error))
+                if enough:
+                    return _slowest(reports)
+                self._wait_for_probes(failures, until)
+
+    def _members(self, manifest: Manifest, until: Until) -> list[Member]:
+        try:
+            return self._live(manifest.weight_set, until)
+        except RolloutError as error:
+            raise WeightSyncError(
+                f"{manifest.weight_set.value} {manifest.stamp} was not sent: {error}"
+            ) from error
+
+    def _wait_for_probes(self, failures: Iterable[Member], until: Until) -> None:
+        """Until it is known whether those that failed still run."""
+        with contextlib.suppress(RolloutError):
+            self.roster.wait(
+                lambda: all(m.state is not State.SUSPECT for m in failures), until, "probes"
+            )
 
     def took_in(self, name: WeightSet, stamp: Stamp) -> None:
         """The engines have these weights by another way than `update`, and are asked for them from
@@ -127,25 +148,28 @@ class Updates:
 
     def _send(
         self, members: Sequence[Member], call: WeightsCall
-    ) -> tuple[list[UpdateReport], dict[Member, str]]:
-        """Reports of those that took it in, reasons of those that did not."""
+    ) -> tuple[list[UpdateReport], dict[Member, RolloutError]]:
+        """Reports of those that took it in, the errors of those that did not."""
         epochs = {m: m.epoch for m in members}
         sends = {m: in_thread(lambda m=m: m.fit(lambda: call), f"fit {m.name}") for m in members}
-        reports, failures = [], {}
+        reports: list[UpdateReport] = []
+        failures: dict[Member, RolloutError] = {}
         for member, future in sends.items():
             # It may have been given up meanwhile: then nobody waits for its answer.
             while not wait([future], _POLL_S).done and member.epoch == epochs[member]:
                 pass
             if not future.done():
-                failures[member] = member.reason
+                failures[member] = RolloutError(member.reason)
             elif (error := future.exception()) is None:
-                reports.append(future.result())
+                if (report := future.result()) is not None:
+                    reports.append(report)
             else:
-                failures[member] = str(error)
+                ours = isinstance(error, RolloutError)
+                failures[member] = error if ours else RolloutError(repr(error))
         return reports, failures
 
     def _why(
-        self, manifest: Manifest, members: Sequence[Member], failures: dict[Member, str]
+        self, manifest: Manifest, members: Sequence[Member], failures: dict[Member, RolloutError]
     ) -> str:
         reasons = "; ".join(f"{member.name}: {reason}" for member, reason in failures.items())
         before = self.roster.latest.get(manifest.weight_set)

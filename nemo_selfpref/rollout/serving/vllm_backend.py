@@ -596,7 +596,8 @@ def _fail_if_over(item: _Job | _Order) -> None:
 def _build(spec: EngineSpec) -> tuple[Any, Any]:
     """vLLM's engine and module. Its settings come from the spec, not from the environment."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.pop("VLLM_ALLOW_INSECURE_SERIALIZATION", None)
+    for name in ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE"):
+        os.environ.pop(name, None)
     if spec.device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

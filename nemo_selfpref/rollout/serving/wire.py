@@ -246,8 +246,8 @@ class UpdateReport(Record):
 
 
 class Health(Record):
-    """`serving`: answers questions. `quarantined`: reachable, but its weights are not to be
-    trusted, or its engine has died; `reason` says why."""
+    """`serving`: answers questions. `starting`: will, before long. `quarantined`: reachable, but
+    its weights are not to be trusted, or its engine has died; `reason` says why."""
 
     status: Literal["serving", "starting", "quarantined", "sleeping"]
     reason: str = ""
