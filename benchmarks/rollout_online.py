@@ -52,7 +52,7 @@ class Method:
 
 def methods(args: Any) -> Mapping[str, Method]:
     """SAPO with its EMA and replay buffer, OSP with its frozen judge."""
-    sapo, osp = SAPOConfig(ema_every=1), OSPConfig(num_samples=args.samples)
+    sapo, osp = SAPOConfig(), OSPConfig(num_samples=args.samples)
     segment = args.new_tokens
     return {
         "SAPO": Method(

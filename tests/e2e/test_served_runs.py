@@ -110,7 +110,7 @@ def test_sgpo_with_vllm(
         *("algorithm.targets.source=file", f"algorithm.targets.path={targets}"),
         *("algorithm.improver.num_prompts=10", "model.global_batch_size=4", "export.hf=false"),
     )
-    common = (wide_llama, answers_file, *given)
+    common = (wide_llama, answers_file, *given, "algorithm.drop_truncated_chosen=false")
     questions = [f"{i}/{kind}" for i in ids for kind in ("improve", "answer")]
     write_jsonl(targets, [{"id": q, "answer": f"it is {n}"} for n, q in enumerate(questions)])
     selfpref(*arguments(tmp_path, "embedded", "sgpo", *common))
