@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from rollout_kit import Bench, in_turn
-from rollout_parts import LENGTHS, SPEED, Answers, same_tokens, speed_ratio, speed_rows
+from rollout_parts import SPEED, Answers, same_tokens, speed_ratio, speed_rows
 from steps_kit import Facts, Part, raw
 from transformers import LlamaForCausalLM
 
 from nemo_selfpref.training.session import embedded_engine
 from nemo_selfpref.types import GenerationRequest, SamplingParams
+
+_LENGTHS = range(32, 97)
 
 
 def embedded(bench: Bench) -> Part:
@@ -25,7 +27,7 @@ def embedded(bench: Bench) -> Part:
         SPEED,
         [],
         notes=[
-            f"Prompts of {LENGTHS[0]} to {LENGTHS[-1]} tokens; transformers' are padded on the "
+            f"Prompts of {_LENGTHS[0]} to {_LENGTHS[-1]} tokens; transformers' are padded on the "
             "left. Ours gives log-probs too, transformers' generate does not."
         ],
     )
@@ -55,7 +57,7 @@ def _embedded_variants(
 
     def prompts(name: str) -> list[list[int]]:
         seed = args.seed + 1000 * len(made[name])
-        return bench.prompts(size, args.concurrent, LENGTHS, seed)
+        return bench.prompts(size, args.concurrent, _LENGTHS, seed)
 
     def ours() -> Facts:
         asked = prompts("embedded")

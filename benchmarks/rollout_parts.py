@@ -21,7 +21,8 @@ from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.session import find_start
 from nemo_selfpref.types import GenerationRequest, SamplingParams, TokenIds
 
-LENGTHS = range(16, 33)
+_LENGTHS = range(16, 33)
+"""Of prompts: so short that the engine reads all of them in one step, whatever its budget."""
 SPEED = ("model", "variant", "tokens", "s", "range", "tokens/s")
 
 Answers = list[list[int]]
@@ -109,7 +110,7 @@ class _Asked:
     def _requests(self, name: str) -> list[GenerationRequest]:
         done = len(self.answers.get(name, []))
         seed = self.bench.args.seed + 1000 * done
-        prompts = self.bench.prompts(self.size, self.bench.args.concurrent, LENGTHS, seed)
+        prompts = self.bench.prompts(self.size, self.bench.args.concurrent, _LENGTHS, seed)
         return [GenerationRequest(str(n), tuple(p), seed + n) for n, p in enumerate(prompts)]
 
     def by_child(self, child: Child, plain: bool) -> Facts:

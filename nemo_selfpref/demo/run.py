@@ -55,7 +55,9 @@ def run_demo(out: Path, overrides: Sequence[str], size: DemoSize = DemoSize()) -
     console = Console()
     data = write_data(out / "data", size)
     console.say(f"data and tokenizer in {out / 'data'}")
-    _train(console, "demo_sft", out, [f"data.train_path=[{data / 'sft.jsonl'}]", *overrides])
+    # The start is trained on given answers: engines would have nothing to do.
+    for_start = [o for o in overrides if not o.startswith("rollout")]
+    _train(console, "demo_sft", out, [f"data.train_path=[{data / 'sft.jsonl'}]", *for_start])
     with serving() as url:
         _train(
             console,

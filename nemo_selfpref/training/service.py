@@ -15,7 +15,7 @@ from typing import Any
 
 from nemo_selfpref import errors
 from nemo_selfpref.config.schema import Placement, Precision, RunConfig, WeightTransport
-from nemo_selfpref.errors import RolloutError, SelfPrefError
+from nemo_selfpref.errors import ConfigError, RolloutError, SelfPrefError
 from nemo_selfpref.files import write_text
 from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 from nemo_selfpref.megatron.policy import Policy
@@ -75,6 +75,12 @@ class RolloutService:
         self._expected: dict[WeightSet, Stamp] = {}
         self._ends = ExitStack()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollout-call")
+        if self._sleeps and cfg.rollout.max_staleness:
+            raise ConfigError(
+                f"rollout.max_staleness={cfg.rollout.max_staleness} has engines sample while the "
+                "trainer works; with rollout.placement=colocated they share its GPU, and sleep "
+                "then. Use placement=disaggregated."
+            )
         self._weights_dir = _weights_dir(cfg, self.folder)
         self._publisher = WeightPublisher(
             policy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from omegaconf import DictConfig
 from nemo_selfpref.algorithms.base import Algorithm, algorithms
 from nemo_selfpref.config.checks import check_config
 from nemo_selfpref.config.loader import to_typed
-from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.config.schema import RolloutEngineName, RunConfig
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.files import write_json
 from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
@@ -52,11 +53,32 @@ def check_before_work(cfg: DictConfig) -> RunConfig:
     """Everything that can be refused without a model: settings, data paths, folders."""
     typed = to_typed(cfg)
     check_config(typed)
-    pick_algorithm(typed)
+    _check_engines(typed, pick_algorithm(typed))
     for path in typed.data.train_path:
         if not Path(path).exists():
             raise ConfigError(f"data.train_path: {path} does not exist")
     return typed
+
+
+def _check_engines(cfg: RunConfig, algorithm: Algorithm) -> None:
+    """Refuse servers that nobody would ask, and those that cannot be started or reached."""
+    v = cfg.rollout.vllm
+    if cfg.rollout.engine is not RolloutEngineName.vllm:
+        return
+    if not algorithm.asked_weights():
+        raise ConfigError(
+            f"rollout=vllm does nothing with {cfg.algorithm.name} as it is configured: it neither "
+            "samples nor judges. Leave it out."
+        )
+    if v.urls and v.token_file is not None:
+        from nemo_selfpref.rollout.serving.auth import read_token
+
+        read_token(Path(v.token_file))
+    elif not v.urls and shutil.which(Path(v.python).expanduser()) is None:
+        raise ConfigError(
+            f"rollout.vllm.python={v.python}: no such interpreter. Give that of an environment "
+            "with vLLM; make rollout-env makes .venv-rollout, without a GPU."
+        )
 
 
 def train(cfg: DictConfig) -> Outcome:

@@ -94,11 +94,7 @@ def test_what_a_model_cannot_be_split_into(
         check_architecture(run_of(8, **model), arch)
 
 
-def test_experts_are_not_exported_and_need_a_choice() -> None:
-    cfg = run_of(1)
-    cfg.export.hf = True
-    with pytest.raises(ConfigError, match=r"Set export\.hf=false"):
-        check_architecture(cfg, EXPERTS)
+def test_experts_need_a_choice() -> None:
     single = ArchitectureConfig(8, 64, 128, 8, 4, 8, 500, num_moe_experts=4, moe_router_topk=1)
     with pytest.raises(ConfigError, match="expected 2 to 4"):
         check_architecture(run_of(1), single)
