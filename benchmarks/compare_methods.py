@@ -153,10 +153,11 @@ def _train(config: str, folder: Path, overrides: Sequence[str]) -> None:
 
 
 def run_once(
-    out: Path, model: Path, name: str, seed: int, budget: int, url: str, prompts: Path
+    out: Path, model: Path, name: str, seed: int, budget: int, url: str, prompts: Path, engine: str
 ) -> dict[str, Any]:
     """Train one method with one seed and score it; a finished one is read back."""
-    run = out / "runs" / f"{re.sub('[^a-z_]+', '-', name).strip('-')}-{seed}"
+    slug = re.sub("[^a-z_]+", "-", name).strip("-")
+    run = out / "runs" / (f"{slug}-{seed}" + ("" if engine == "embedded" else f"-{engine}"))
     result = out / "results" / prompts.stem / f"{run.name}.json"
     if result.exists():
         return read_json(result)
@@ -174,6 +175,7 @@ def run_once(
             f"model.restore_from_path={model}",
             f"data.train_path=[{out / 'data' / 'pairs.jsonl'}]",
             f"data.limit={min(rows, 2700)}",
+            f"rollout={engine}",
             *_SHARED,
             *(
                 o.format(url=url, prompts=out / "prompts", data=out / "data" / "pairs.jsonl")
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=60_000, help="generated tokens a run")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--development", action="store_true", help="score on development prompts")
+    parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
     args = parser.parse_args()
     out = args.out.resolve()
     model = prepare(out)
@@ -244,12 +247,13 @@ def main() -> None:
     with serving() as url:
         found = {
             method: [
-                run_once(out, model, method, seed, args.budget, url, prompts) for seed in args.seeds
+                run_once(out, model, method, seed, args.budget, url, prompts, args.engine)
+                for seed in args.seeds
             ]
             for method in args.methods
         }
     start = evaluate(model, prompts)
-    write_json(out / f"scores-{name}.json", {"start": start, "methods": found})
+    write_json(out / f"scores-{name}-{args.engine}.json", {"start": start, "methods": found})
     report(found, start)
 
 

@@ -44,6 +44,7 @@ PARTS: dict[str, Callable[[Bench], Part]] = {
 }
 _PACKAGES = ["nemo-selfpref", "torch", "transformers", "megatron-core", "httpx"]
 _TOY = {
+    "threads": 1,
     "runs": 1,
     "sync_runs": 1,
     "concurrent": 4,

@@ -26,7 +26,7 @@ from nemo_selfpref.megatron.optim import PolicyOptimizer
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.objectives.objective import DPOObjective, Objective, SPCEObjective
 from nemo_selfpref.training.copies import StageCopies
-from nemo_selfpref.training.making import Ahead, Made, Making, PairSource
+from nemo_selfpref.training.making import Ahead, AtOnce, Made, Making, PairSource
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.service import RolloutService
 from nemo_selfpref.training.session import Start
@@ -96,26 +96,15 @@ class _Timed:
         return timed
 
 
-class _Given:
-    """PairSource of pairs that are there."""
+class _Given(AtOnce):
+    """Pairs that are there already."""
 
     def __init__(self, made: Sequence[Made]) -> None:
         self.made = made
 
     def take(self, number: int) -> Made:
-        # Through JSON, as pairs that come from another thread.
+        """See PairSource.take. Through JSON, as pairs that come from another thread."""
         return Made.of_json(self.made[number].to_json())
-
-    remake = take
-
-    def under_way(self) -> list[dict[str, Any]]:
-        return []
-
-    def restore(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Online:

@@ -156,17 +156,17 @@ class Clocked:
         self.engine, self.seconds = engine, {"generate": 0.0, "judge": 0.0}
         self.judged_tokens = self.verdicts = 0
 
-    def generate(self, *args: Any) -> Any:
-        return self._clock("generate", self.engine.generate, args)
+    def generate(self, *args: Any, **more: Any) -> Any:
+        return self._clock("generate", partial(self.engine.generate, *args, **more))
 
-    def label_scores(self, prompts: Sequence[TokenIds], *args: Any) -> Any:
+    def label_scores(self, prompts: Sequence[TokenIds], *args: Any, **more: Any) -> Any:
         self.verdicts += len(prompts)
         self.judged_tokens += sum(map(len, prompts))
-        return self._clock("judge", self.engine.label_scores, (prompts, *args))
+        return self._clock("judge", partial(self.engine.label_scores, prompts, *args, **more))
 
-    def _clock(self, what: str, ask: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _clock(self, what: str, ask: Callable[[], Any]) -> Any:
         started = time.perf_counter()
-        found = ask(*args)
+        found = ask()
         self.seconds[what] += time.perf_counter() - started
         return found
 
@@ -216,8 +216,8 @@ def _judge_part(bench: Bench, rounds: Rounds) -> Part:
         rows.append([name, last["tokens"], last["verdicts"], last["judged_tokens"], *cells])
         title = f"{name}: judging / generating"
         ratios.append(ratio_per_round(title, spent["judge"], spent["generate"]))
-    judged = (fact(rounds[name], "judge") for name in ("caching", "no caching"))
-    ratios.append(ratio_per_round("judging with / without prefix caching", *judged))
+    cached, plain = (fact(rounds[name], "judge") for name in ("caching", "no caching"))
+    ratios.append(ratio_per_round("judging with / without prefix caching", cached, plain))
     return Part(
         f"Judge: an OSP step, {bench.args.judged_prompts} prompts, 7 answers of "
         f"{bench.args.new_tokens} tokens each, small model",

@@ -26,6 +26,11 @@ class RolloutCancelled(RolloutError):
     """Whoever asked no longer wants the answer."""
 
 
+class RolloutRefused(RolloutError):
+    """A question that no engine of this kind can answer: the caller's mistake. Another engine would
+    refuse it too. Nothing was sampled."""
+
+
 class StaleWeightsError(RolloutError):
     """An engine holds other weights than those it was asked for. Nothing was sampled."""
 

@@ -13,6 +13,13 @@ from nemo_selfpref.config.schema import (
     WeightTransport,
 )
 
+_OF_STARTED = (
+    *("python", "port", "host", "devices", "engines_per_set", "tensor_parallel_size"),
+    *("max_num_seqs", "gpu_memory_utilization", "kv_cache_gb", "enable_prefix_caching"),
+    *("enforce_eager", "also_serve", "max_restarts", "min_engines"),
+)
+"""Settings of servers that a run starts; others have theirs already."""
+
 
 def sampling(cfg: RunConfig) -> Iterator[str]:
     r = cfg.rollout
@@ -57,6 +64,12 @@ def _servers(r: RolloutConfig) -> Iterator[str]:
     for name in ("start_timeout_s", "sync_timeout_s", "health_every_s", "gpu_memory_utilization"):
         if not 0 < getattr(v, name) < math.inf:
             yield f"rollout.vllm.{name}={getattr(v, name)}: expected a positive number"
+    for name in ("kv_cache_gb", "probe_tolerance"):
+        value = getattr(v, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"rollout.vllm.{name}={value}: expected a positive number, or null"
+    if not 0 <= v.port < 65536:
+        yield f"rollout.vllm.port={v.port}: expected 0 (any free one) to 65535"
     if v.gpu_memory_utilization > 1:
         yield f"rollout.vllm.gpu_memory_utilization={v.gpu_memory_utilization}: expected at most 1"
     if v.max_restarts < 0:
@@ -72,8 +85,12 @@ def _servers(r: RolloutConfig) -> Iterator[str]:
             f"with rollout.max_staleness={r.max_staleness} they are not. Use transport=folder, or "
             "max_staleness=0."
         )
+    if r.temperature > 2:
+        yield f"rollout.temperature={r.temperature}: vLLM samples at 2 at most"
     if not v.urls:
         return
+    if r.placement is not RolloutConfig().placement:
+        yield "rollout.placement is of servers to be started; rollout.vllm.urls names some"
     if v.token_file is None:
         yield "rollout.vllm.urls needs rollout.vllm.token_file, the file selfpref serve named"
     if v.transport is WeightTransport.folder and v.weights_dir is None:
@@ -81,6 +98,6 @@ def _servers(r: RolloutConfig) -> Iterator[str]:
             "rollout.vllm.urls with rollout.vllm.transport=folder needs rollout.vllm.weights_dir, "
             "the folder selfpref serve named; where it cannot be reached, use transport=gloo"
         )
-    for name in ("python", "port", "host", "devices", "engines_per_set", "max_num_seqs"):
+    for name in _OF_STARTED:
         if getattr(v, name) != getattr(default, name):
             yield f"rollout.vllm.{name} is of a server to be started; rollout.vllm.urls names some"

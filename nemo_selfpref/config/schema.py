@@ -144,6 +144,12 @@ class StaleSamples(Enum):
     count = "count"
 
 
+class ServedSet(Enum):
+    policy = "policy"
+    ema = "ema"
+    frozen = "frozen"
+
+
 class WeightTransport(Enum):
     folder = "folder"
     """Files in shared memory, or in a folder that trainer and engines both see."""
@@ -167,6 +173,9 @@ class VLLMConfig:
     """Its port; 0 takes any free one."""
     python: str = ".venv-rollout/bin/python"
     """Interpreter of the environment with vLLM."""
+    also_serve: list[ServedSet] = field(default_factory=list)
+    """Sets of weights to hold beside those the method asks, kept as new as they are, for people to
+    talk to while the run trains."""
     engines_per_set: int = 1
     devices: list[str] = field(default_factory=list)
     """CUDA_VISIBLE_DEVICES of each engine, one entry an engine; empty leaves it as it is."""
@@ -205,7 +214,7 @@ class RolloutConfig:
     """Answers may be sampled with weights this many optimizer steps old, while the trainer works
     on earlier ones; 0 is strictly on-policy."""
     stale_samples: StaleSamples = StaleSamples.refuse
-    """What becomes of answers that are older: the run stops, or they are counted and used."""
+    """What becomes of older ones, kept by a checkpoint: made anew, or counted and used."""
     check_samples: int = 8
     """Answers a step whose log-probs the trainer computes again, to compare; 0 switches it off."""
     logprob_alarm: float = 0.05

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class Made:
     pairs: list[PreferencePair]
     updates: int
     generated_tokens: int
+    cached_tokens: int
     metrics: Mapping[str, float]
     reports: Mapping[str, DropReport]
     sampled: list[Sampled] = field(default_factory=list)
@@ -44,6 +46,7 @@ class Made:
             "pairs": [asdict(replace(p, messages=())) for p in self.pairs],
             "updates": self.updates,
             "generated_tokens": self.generated_tokens,
+            "cached_tokens": self.cached_tokens,
             "metrics": dict(self.metrics),
             "reports": {title: asdict(report) for title, report in self.reports.items()},
             "sampled": [[list(prompt), asdict(c)] for prompt, c in self.sampled],
@@ -55,6 +58,7 @@ class Made:
             pairs=[_pair(row) for row in value["pairs"]],
             updates=value["updates"],
             generated_tokens=value["generated_tokens"],
+            cached_tokens=value.get("cached_tokens", 0),
             metrics=value["metrics"],
             reports={title: DropReport(**r) for title, r in value["reports"].items()},
             sampled=[(tuple(prompt), completion_of_json(row)) for prompt, row in value["sampled"]],
@@ -106,21 +110,39 @@ class Making:
         """
         rows = self._rows_of(number)
         reports: dict[str, DropReport] = {}
-        tokens = 0
+        tokens = cached = 0
         for attempt in range(_ATTEMPTS):
             asked = self._rollouts.within(self._scope, number, attempt)
             pairs = self.maker.pairs(number, asked, rows)
             tokens += asked.generated_tokens
+            cached += asked.cached_tokens
             for title, report in asked.reports.items():
                 reports.setdefault(title, DropReport()).add(report)
             if pairs:
-                return Made(pairs, updates, tokens, asked.metrics, reports, asked.sampled)
+                return Made(pairs, updates, tokens, cached, asked.metrics, reports, asked.sampled)
         dropped = "; ".join(f"{title}: {report.summary()}" for title, report in reports.items())
         raise TrainingError(
             f"step {number + 1}: {len(rows)} prompts gave no usable pair in {_ATTEMPTS} attempts "
             f"({dropped}). The policy may have collapsed; raise rollout.temperature, or lower the "
             "learning rate and resume."
         )
+
+
+Kept = tuple[list[PreferencePair], dict[str, Any]]
+"""A maker's state, as PairMaker.kept has it."""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """Steps whose pairs are made and not trained on yet, in order, as JSON.
+
+    before: the maker's state before the first of them, from which they could be made anew; None
+    where that is not known any more. after: its state after the last; None for as it is now.
+    """
+
+    made: list[dict[str, Any]]
+    before: Kept | None = None
+    after: Kept | None = None
 
 
 class PairSource(Protocol):
@@ -130,16 +152,16 @@ class PairSource(Protocol):
         """The pairs of step `number`, before which as many updates were made. Collective."""
         ...
 
-    def remake(self, number: int) -> Made:
-        """The pairs of a step that was taken, from the weights as they are. Collective."""
+    def settle(self) -> None:
+        """Wait until nothing is being made. Collective, however long it takes."""
         ...
 
-    def under_way(self) -> list[dict[str, Any]]:
-        """What is made and not taken yet, as JSON; waits for what is being made."""
+    def under_way(self, done: int) -> UnderWay:
+        """What a checkpoint after `done` steps must keep; once settled, on the first rank."""
         ...
 
-    def restore(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        """Take back what under_way gave."""
+    def restore(self, made: Sequence[Mapping[str, Any]]) -> None:
+        """Take back the steps that under_way gave."""
         ...
 
     def close(self) -> None: ...
@@ -154,14 +176,14 @@ class AtOnce:
     def take(self, number: int) -> Made:
         return self.making.make(number, number)
 
-    def remake(self, number: int) -> Made:
-        return self.making.make(number, number)
+    def settle(self) -> None:
+        pass
 
-    def under_way(self) -> list[dict[str, Any]]:
-        return []
+    def under_way(self, done: int) -> UnderWay:
+        return UnderWay([])
 
-    def restore(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        """Steps made ahead before are made anew, from weights that are newer."""
+    def restore(self, made: Sequence[Mapping[str, Any]]) -> None:
+        assert not made, "steps made ahead are of another engine"
 
     def close(self) -> None:
         pass
@@ -185,6 +207,16 @@ class RolloutAccess(Protocol):
         ...
 
 
+@dataclass
+class _Begun:
+    """A step being made, or made."""
+
+    number: int
+    future: Future[dict[str, Any]]
+    before: list[Kept] = field(default_factory=list)
+    """The maker's state when its making began."""
+
+
 class Ahead:
     """Pairs made in a thread of the first rank while the trainer is at work on earlier steps.
 
@@ -192,6 +224,10 @@ class Ahead:
     weights a step's pairs come from is a matter of its number, not of time, so a run gives the
     same pairs however fast its engines are. At most S steps are under way, and each is made by
     one thread in turn, so memory is bounded and no batch of answers spans two versions.
+
+    Args:
+        main: whether this is the first rank; the others only take part.
+        stop: set when the stage ends; what is being asked is cancelled then.
     """
 
     def __init__(
@@ -205,8 +241,8 @@ class Ahead:
     ) -> None:
         self.making, self.access, self.staleness = making, access, staleness
         self.num_steps, self.main, self._stop = num_steps, main, stop
-        self._pending: deque[tuple[int, Future[dict[str, Any]]]] = deque()
-        self._pool: ThreadPoolExecutor | None = None
+        self._begun: deque[_Begun] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if main else None
         self._started_to: int | None = None
         self._failure: Exception | None = None
 
@@ -219,12 +255,12 @@ class Ahead:
         self._start_next(number)
         future = None
         if self.main:
-            place, future = self._pending[0]
-            assert place == number, f"step {place} was made for step {number}"
-        made = Made.of_json(self.access.share(future))
-        if self.main:  # only now: what failed is made anew after a resume
-            self._pending.popleft()
-        return made
+            # Kept until the step after it is taken: a step that fails may be saved before it.
+            while self._begun[0].number < number:
+                self._begun.popleft()
+            assert self._begun[0].number == number, f"step {number} was not begun"
+            future = self._begun[0].future
+        return Made.of_json(self.access.share(future))
 
     def _start_next(self, number: int) -> None:
         """Begin what may be made from the weights as they are: up to step `number` + S."""
@@ -234,14 +270,11 @@ class Ahead:
             return
         give = self.access.hand_over()
         self._started_to = last
-        if not self.main:
-            return
-        for m in range(first, last):
-            self._pending.append((m, self._begin(m, number, give)))
+        for m in range(first, last) if self.main else ():
+            self._begin(m, number, give)
 
-    def _begin(self, number: int, updates: int, give: Callable[[], None]) -> Future[dict[str, Any]]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+    def _begin(self, number: int, updates: int, give: Callable[[], None]) -> None:
+        before: list[Kept] = []
 
         def work() -> dict[str, Any]:
             if self._stop.is_set():
@@ -250,6 +283,8 @@ class Ahead:
                 # The maker must not go on to later steps without the one that failed.
                 raise self._failure
             try:
+                pairs, state = self.making.maker.kept()
+                before.append((list(pairs), deepcopy(dict(state))))
                 give()
                 return self.making.make(number, updates).to_json()
             except Exception as error:
@@ -258,36 +293,38 @@ class Ahead:
             finally:
                 self.access.rest()
 
-        return self._pool.submit(work)
+        assert self._pool is not None
+        self._begun.append(_Begun(number, self._pool.submit(work), before))
 
-    def remake(self, number: int) -> Made:
-        """See PairSource.remake."""
-        give = self.access.hand_over()
-        future = self._begin(number, number, give) if self.main else None
-        return Made.of_json(self.access.share(future))
+    def settle(self) -> None:
+        """See PairSource.settle."""
+        # One thread takes them in turn: when this is done, so is all before it.
+        self.access.share(self._pool.submit(lambda: None) if self._pool is not None else None)
 
-    def under_way(self) -> list[dict[str, Any]]:
-        """Steps made and not yet taken, once they are done; those that fail are left out, to be
-        made anew. Their pairs come from weights that are no more, so a checkpoint keeps them."""
+    def under_way(self, done: int) -> UnderWay:
+        """See PairSource.under_way. A step that failed is left out, with those behind it: they are
+        made anew. The others' pairs come from weights that are no more."""
+        left = [begun for begun in self._begun if begun.number >= done]
+        before = next(iter(left[0].before), None) if left else None
         made: list[dict[str, Any]] = []
-        for number, future in self._pending:
-            if future.exception() is not None:
-                break
-            made.append({"number": number, **future.result()})
-        return made
+        for begun in left:
+            if begun.future.exception() is not None:
+                return UnderWay(made, before, next(iter(begun.before), None))
+            made.append({"number": begun.number, **begun.future.result()})
+        return UnderWay(made, before)
 
-    def restore(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        """Take back what under_way gave."""
-        for entry in kept:
-            number = entry["number"]
-            self._started_to = number + 1
+    def restore(self, made: Sequence[Mapping[str, Any]]) -> None:
+        """See PairSource.restore."""
+        for entry in made:
+            self._started_to = entry["number"] + 1
             if self.main:
                 done: Future[dict[str, Any]] = Future()
                 done.set_result({k: v for k, v in entry.items() if k != "number"})
-                self._pending.append((number, done))
+                self._begun.append(_Begun(entry["number"], done))
 
     def close(self) -> None:
-        """End the thread; what it waits for is cancelled (`stop` is set)."""
+        """End the thread; what it waits for is cancelled. It may be loading weights, which no one
+        waits for here: that ends with the servers."""
         self._stop.set()
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -34,7 +34,7 @@ from nemo_selfpref.training.handover import Send, hand_over
 from nemo_selfpref.types import TokenIds, WeightSet
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-_PROBE_TOKENS = 64
+_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,12 @@ class WeightPublisher:
         folder = self._confirmed[weight_set][-1]
         source = FolderSource(folder=str(folder))
         return WeightsCall(manifest=read_manifest(folder), source=source, timeout_s=self.timeout_s)
+
+    def keep_newest(self) -> None:
+        """Delete the folders that no server needs any more: all but each set's newest."""
+        for weight_set, kept in self._confirmed.items():
+            _delete([f for f in self._folders[weight_set] if f != kept[-1]])
+            self._folders[weight_set], self._confirmed[weight_set] = kept[-1:], kept[-1:]
 
     def close(self) -> None:
         """Delete every folder this publisher wrote; the servers must have ended."""

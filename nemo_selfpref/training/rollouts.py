@@ -52,6 +52,8 @@ class EngineRollouts:
         self.reports: dict[str, DropReport] = {}
         self.metrics: dict[str, float] = {}
         self.generated_tokens = 0
+        self.cached_tokens = 0
+        """Prompt tokens that an engine had read before."""
         self.sampled: list[Sampled] = []
         """Some prompts with their answers, for RolloutCheck."""
 
@@ -101,6 +103,7 @@ class EngineRollouts:
         self._ready(weights)
         found = self._engine.generate(requests, params, weights, progress, self._until())
         self.generated_tokens += sum(len(c.token_ids) for c in found)
+        self.cached_tokens += sum(c.cached_tokens for c in found)
         chosen = spread(len(found), rollout.check_samples)
         self.sampled += [(requests[i].prompt_ids, found[i]) for i in chosen]
         return found

@@ -196,6 +196,7 @@ class Run:
             "stage": name,
             "answers": len(found),
             "generated_tokens": sum(len(c.token_ids) for c in found),
+            "cached_tokens": sum(c.cached_tokens for c in found),
             "seconds": time.monotonic() - started,
             "weight_version": found[0].weight_version if found else -1,
             "truncated": sum(c.finish_reason.value == "length" for c in found),

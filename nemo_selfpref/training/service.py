@@ -6,12 +6,16 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import torch
 
 from nemo_selfpref import errors
 from nemo_selfpref.config.schema import Placement, Precision, RunConfig, WeightTransport
@@ -43,6 +47,8 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
+_FRONT_GRACE_S = 30.0
+"""The front ends its engines first."""
 _TURN_S = 10.0
 """Ranks that wait for the first one hear from it this often, so no collective runs into its own
 deadline however long an answer takes."""
@@ -67,7 +73,9 @@ class RolloutService:
         asked: frozenset[WeightSet],
     ) -> None:
         self.cfg, self.policy, self.places, self.start = cfg, policy, places, start
-        self.folder, self.console, self.asked = folder.resolve() / "rollout", console, asked
+        self.folder, self.console = folder.resolve() / "rollout", console
+        self.asked = asked
+        self.held = asked | {WeightSet(s.value) for s in cfg.rollout.vllm.also_serve}
         self.main = policy.layout.is_main
         self.direct: BackendEngine | None = None
         """The servers as the first rank asks them by itself, from any thread."""
@@ -89,7 +97,7 @@ class RolloutService:
             run=secrets.token_hex(8),
             tolerance=cfg.rollout.vllm.probe_tolerance,
             transport=cfg.rollout.vllm.transport,
-            host=cfg.rollout.vllm.host,
+            host=_own_address(cfg.rollout.vllm.urls),
             timeout_s=cfg.rollout.vllm.sync_timeout_s,
             keep=cfg.rollout.max_staleness + 2,
         )
@@ -116,8 +124,10 @@ class RolloutService:
 
     def _open(self) -> None:
         v = self.cfg.rollout.vllm
+        self._weights_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            token_file = Path(v.token_file) if v.token_file else self.folder / "token"
+            given = Path(v.token_file).expanduser() if v.token_file else None
+            token_file = given or self.folder / "token"
             token = read_token(token_file) if v.urls else make_token(token_file)
             urls = list(v.urls) or [self._start_front(token_file)]
             members = [RemoteMember(f"server-{n}", url, token) for n, url in enumerate(urls)]
@@ -133,8 +143,9 @@ class RolloutService:
             fleet.start(Until.within(v.start_timeout_s))
             self._check(fleet.info())
             self._fleet = fleet
-            self.direct = BackendEngine(fleet, self._expected.get)
+            self.direct = BackendEngine(fleet, self._wanted)
             self._show(urls, fleet.info())
+            self.rest()
         except BaseException:
             self._ends.close()
             raise
@@ -152,7 +163,7 @@ class RolloutService:
             stop_ids=sorted(self.start.tokenizer.stop_ids),
             tokenizer_sha256=self.start.tokenizer.fingerprint(),
             max_length=self.start.arch.max_position_embeddings,
-            weight_sets=sorted(name.value for name in self.asked),
+            weight_sets=sorted(name.value for name in self.held),
             work=self.folder,
             token_file=token_file.resolve(),
             weights_dir=self._weights_dir,
@@ -165,7 +176,7 @@ class RolloutService:
             log=self.folder / "front.log",
             env=engine_environment(None),
         )
-        self._ends.callback(process.stop)
+        self._ends.callback(process.stop, _FRONT_GRACE_S)
         port = process.wait_ready(Until.within(v.start_timeout_s + 30.0))
         if warning := exposure_warning(v.host):
             self.console.say(warning)
@@ -181,14 +192,14 @@ class RolloutService:
         }
         found = info.model_dump()
         wrong = [f"{k} is {found[k]}, the run's is {v}" for k, v in wanted.items() if found[k] != v]
-        missing = sorted(name.value for name in self.asked if name.value not in info.weight_sets)
+        missing = sorted(name.value for name in self.held if name.value not in info.weight_sets)
         if missing:
             wrong.append(f"no engine holds {', '.join(missing)} weights")
         if wrong:
             raise RolloutError(
                 f"the rollout servers do not fit this run: {'; '.join(wrong)}. Start them with the "
                 "run's model and tokenizer: selfpref serve --weights "
-                + ",".join(sorted(name.value for name in self.asked))
+                + ",".join(sorted(name.value for name in self.held))
             )
 
     def _show(self, urls: Sequence[str], info: Info) -> None:
@@ -205,8 +216,10 @@ class RolloutService:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if not self.main:
             return
-        if self.cfg.rollout.vllm.urls:
-            return  # those servers go on, and an engine of theirs may have to be started again
+        if self.cfg.rollout.vllm.urls and self._by_folder:
+            # Those servers go on, and may have to bring an engine of theirs up to date.
+            self._publisher.keep_newest()
+            return
         self._publisher.close()
         shutil.rmtree(self._weights_dir, ignore_errors=True)
 
@@ -215,13 +228,15 @@ class RolloutService:
     def hand_over(self) -> Callable[[], None]:
         """See RolloutAccess.hand_over."""
         calls: list[WeightsCall] = []
-        for name in sorted(self.asked):
+        if self._sleeps:
+            torch.cuda.empty_cache()
+        for name in sorted(self.held):
             if name is not WeightSet.FROZEN and name not in self.places.weights:
                 continue  # an EMA begins with its stage
             self.places.ready(name)
             if not self._publisher.needed(name):
                 continue
-            if self.cfg.rollout.vllm.transport is not WeightTransport.folder:
+            if not self._by_folder:
                 self._broadcast(name)
                 continue
             self._publisher.publish(name, None)
@@ -242,13 +257,31 @@ class RolloutService:
     def _broadcast(self, name: WeightSet) -> None:
         """Send weights while every rank waits: the engines are idle. Collective."""
         sends: list[Send] = []
-        if self._fleet is not None:
+
+        def find() -> None:
+            assert self._fleet is not None
             self.wake()
-            sends = [member.client.update for member in self._fleet.members]
+            until = Until.within(self.cfg.rollout.vllm.sync_timeout_s)
+            sends.extend(member.client.update for member in self._fleet.live(name, until))
+
+        self.share(self._pool.submit(find) if self.main else None)
         stamp = self._publisher.publish(name, sends)
         if self._fleet is not None:
             self._fleet.took_in(name, stamp)
             self._expected[name] = stamp
+
+    @property
+    def _by_folder(self) -> bool:
+        return self.cfg.rollout.vllm.transport is WeightTransport.folder
+
+    def _wanted(self, name: WeightSet) -> Stamp:
+        """The weights that answers must come from."""
+        self._check_asked(name)
+        if name not in self._expected:
+            raise RolloutError(
+                f"{self.cfg.algorithm.name} asks for {name.value} weights where the run holds none"
+            )
+        return self._expected[name]
 
     @property
     def _sleeps(self) -> bool:
@@ -350,8 +383,21 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 
 def _raised(state: dict[str, Any]) -> SelfPrefError:
-    kind = getattr(errors, state["error"], RolloutError)
+    # What is not ours is no RolloutError on the first rank either: all ranks end the same way.
+    kind = getattr(errors, state["error"], SelfPrefError)
     return kind(f"on the first rank: {state['error']}: {state['message']}")
+
+
+def _own_address(urls: Sequence[str]) -> str:
+    """This machine's address as the servers see it, for those that weights are broadcast to."""
+    if not urls:
+        return "127.0.0.1"
+    server = urlsplit(urls[0])
+    try:
+        with socket.create_connection((server.hostname or "", server.port or 80), 10.0) as probe:
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"  # reaching the server fails soon, and says so
 
 
 def _weights_dir(cfg: RunConfig, folder: Path) -> Path:
@@ -359,6 +405,6 @@ def _weights_dir(cfg: RunConfig, folder: Path) -> Path:
     own = f"selfpref-{os.getuid()}-{secrets.token_hex(4)}"
     given = cfg.rollout.vllm.weights_dir
     if given is not None:
-        return Path(given).resolve() / own
+        return Path(given).expanduser().resolve() / own
     shared = Path("/dev/shm")
     return shared / own if os.access(shared, os.W_OK) else folder / "weights"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
+_UNDER_WAY = Path("rollouts") / "under_way"
 _AUGMENTED = frozenset({Pass.REFINED, Pass.REFINED_REFERENCE})
 
 
@@ -174,8 +176,8 @@ class OnlineSteps:
         source: makes the pairs, with `maker`.
         folder: the stage's; the pairs of each step are kept there.
         check: compares some of the answers' log-probs with the trainer's.
-        max_staleness, count_stale: pairs from weights that are more steps behind are made anew, or
-            counted and used.
+        max_staleness, count_stale: pairs that a checkpoint kept and whose weights are more steps
+            behind are made anew, or counted and used.
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class OnlineSteps:
         self.check, self.max_staleness, self.count_stale = check, max_staleness, count_stale
         self.reports: dict[str, DropReport] = {}
         self.generated_tokens = 0
+        self._done = 0
         self.waited_s = 0.0
         """Seconds of this process that the trainer stood still for rollouts."""
 
@@ -207,7 +210,8 @@ class OnlineSteps:
 
     def step(self, number: int) -> Step:
         started = time.monotonic()
-        made, stale = self._take(number)
+        self._done = number
+        made = self.source.take(number)
         self.waited_s += time.monotonic() - started
         pairs = made.pairs
         self.generated_tokens += made.generated_tokens
@@ -218,41 +222,41 @@ class OnlineSteps:
         passes = self.passes.live(self.passes.wanted, pairs)
         measured = {
             "rollout/generated_tokens": float(made.generated_tokens),
-            **self._ages(number, made, stale),
+            "rollout/cached_tokens": float(made.cached_tokens),
+            **self._ages(number, made),
             **(self.check.metrics(made.sampled) if self.check is not None else {}),
             **made.metrics,
             **self.passes.take_metrics(),
         }
         return Step(pairs, step_inputs(pairs, passes), measured)
 
-    def _ages(self, number: int, made: Made, stale: bool) -> dict[str, float]:
-        if not self.max_staleness:
+    def _ages(self, number: int, made: Made) -> dict[str, float]:
+        age = number - made.updates
+        if not (self.max_staleness or age):
             return {}
-        age = float(number - made.updates)
-        return {"rollout/staleness": age, "rollout/stale_steps": float(stale)}
-
-    def _take(self, number: int) -> tuple[Made, bool]:
-        """The pairs of a step, and whether they are older than is allowed. Pairs made ahead and
-        kept by a checkpoint may be, where the run goes on with a lower rollout.max_staleness."""
-        made = self.source.take(number)
-        stale = number - made.updates > self.max_staleness
-        if stale and not self.count_stale:
-            made, stale = self.source.remake(number), False
-        return made, stale
+        stale = float(age > self.max_staleness)
+        return {"rollout/staleness": float(age), "rollout/stale_steps": stale}
 
     def after_step(self, done: int) -> None:
+        self._done = done
         self.copies.after_step(done)
 
     def save(self, folder: Path) -> None:
         self.copies.save(folder)
         self.passes.flush()
+        self.source.settle()
         if self.passes.policy.layout.is_main:
-            under_way = self.source.under_way()
-            pairs, state = self.maker.kept()
+            under_way = self.source.under_way(self._done)
+            pairs, state = under_way.after or self.maker.kept()
             counts = {"generated_tokens": self.generated_tokens, "maker": dict(state)}
             reports = {title: asdict(report) for title, report in self.reports.items()}
             write_json(folder / "rollouts" / "state.json", {**counts, "reports": reports})
-            write_json(folder / "rollouts" / "under_way.json", under_way)
+            if under_way.made:
+                before, before_state = under_way.before or ([], {})
+                write_pairs(folder / _UNDER_WAY / "before.parquet", before)
+                known = under_way.before is not None
+                facts = {"made": under_way.made, "before": before_state if known else None}
+                write_json(folder / _UNDER_WAY / "steps.json", facts)
             write_pairs(folder / "rollouts" / "pairs.parquet", pairs)
         barrier()
 
@@ -261,9 +265,22 @@ class OnlineSteps:
         state = read_json(folder / "rollouts" / "state.json")
         self.generated_tokens = state["generated_tokens"]
         self.reports = {title: DropReport(**r) for title, r in state["reports"].items()}
-        self.maker.restore(read_pairs(folder / "rollouts" / "pairs.parquet"), state["maker"])
-        under_way = folder / "rollouts" / "under_way.json"
-        self.source.restore(read_json(under_way) if under_way.exists() else [])
+        pairs = read_pairs(folder / "rollouts" / "pairs.parquet")
+        made, kept = [], state["maker"]
+        if (folder / _UNDER_WAY).is_dir():
+            facts = read_json(folder / _UNDER_WAY / "steps.json")
+            made = facts["made"]
+            if self._too_old(made) and facts["before"] is not None:
+                made, kept = [], facts["before"]
+                pairs = read_pairs(folder / _UNDER_WAY / "before.parquet")
+        self.maker.restore(pairs, kept)
+        self.source.restore(made)
+
+    def _too_old(self, made: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether steps made ahead are older than this run takes: it may have been started with a
+        lower rollout.max_staleness than the one that made them."""
+        ages = [step["number"] - step["updates"] for step in made]
+        return not self.count_stale and any(age > self.max_staleness for age in ages)
 
 
 def _pairs(rows: Sequence[TrainingRow]) -> list[PreferencePair]:

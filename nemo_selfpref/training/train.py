@@ -70,10 +70,12 @@ def _check_engines(cfg: RunConfig, algorithm: Algorithm) -> None:
             f"rollout=vllm does nothing with {cfg.algorithm.name} as it is configured: it neither "
             "samples nor judges. Leave it out."
         )
+    if int(os.environ.get("RANK", "0")) != 0:
+        return  # the first rank alone starts or reaches servers
     if v.urls and v.token_file is not None:
         from nemo_selfpref.rollout.serving.auth import read_token
 
-        read_token(Path(v.token_file))
+        read_token(Path(v.token_file).expanduser())
     elif not v.urls and shutil.which(Path(v.python).expanduser()) is None:
         raise ConfigError(
             f"rollout.vllm.python={v.python}: no such interpreter. Give that of an environment "

@@ -134,16 +134,30 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     selfpref(*command)
     run = tmp_path / "run"
     whole, pairs = metrics(run), pairs_of(run)
-    ages = [step.get("rollout/staleness", 0.0) for step in whole]
-    assert ages == [float(min(step, staleness)) for step in range(6)]
+    assert ages(run) == [float(min(step, staleness)) for step in range(6)]
+    cut_off_after_three(run)
+    selfpref(*command)
+    assert metrics(run) == whole and pairs_of(run) == pairs
+    if not staleness:
+        return
+    # On-policy from here on: what was sampled ahead is too old, and its replay buffer with it.
+    cut_off_after_three(run)
+    selfpref(*command, "rollout.max_staleness=0")
+    assert ages(run) == [0.0, 1.0, 2.0, 0.0, 0.0, 0.0] and pairs_of(run)[:3] == pairs[:3]
+
+
+def ages(run: Path) -> list[float]:
+    return [step.get("rollout/staleness", 0.0) for step in metrics(run)]
+
+
+def cut_off_after_three(run: Path) -> None:
+    """What a kill after the third of six steps leaves."""
     stage = next(run.glob("stages/*-policy"))
     for step in (4, 5, 6):
         shutil.rmtree(stage / "checkpoints" / f"step-{step:06d}")
     for path in (stage / "weights", run / "checkpoint"):
         shutil.rmtree(path)
     (stage / "done.json").unlink()
-    selfpref(*command)
-    assert metrics(run) == whole and pairs_of(run) == pairs
 
 
 def test_two_ranks_ask_as_one(

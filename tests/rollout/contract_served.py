@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,14 +53,17 @@ def _asked(
 REFUSED = {
     "a label that is no token": (_labels(10, VOCAB), "the label 500 is no token"),
     "no label": (_labels(), "labels"),
-    "too many labels": (_labels(*range(200)), "200 labels were asked for; vLLM weighs 128"),
+    "too many labels": (_labels(*range(200)), "200 labels were asked for; the engine weighs 128"),
     "more labels than tokens": (_labels(*range(1000)), "1000 labels were asked for"),
     "a negative label": (_labels(-1), "labels.0"),
     "a limit beyond all memory": (_asked(params=replace(HOT, max_new_tokens=10**12)), "passes"),
     "no token to come": (_asked(params=replace(HOT, max_new_tokens=0)), "max_new_tokens"),
     "a negative temperature": (_asked(params=replace(HOT, temperature=-0.1)), "temperature"),
     "a temperature of nan": (_asked(params=replace(HOT, temperature=float("nan"))), "temperature"),
-    "a temperature beyond vLLM's": (_asked(params=replace(HOT, temperature=2.5)), "2.5; vLLM"),
+    "a temperature beyond vLLM's": (
+        _asked(params=replace(HOT, temperature=2.5)),
+        "2.5; the engine",
+    ),
     "an empty top-p": (_asked(params=replace(HOT, top_p=0.0)), "top_p"),
     "a negative top-k": (_asked(params=replace(HOT, top_k=-1)), "top_k"),
     "a seed too large": (_asked(replace(ONE, seed=2**63)), "seed"),
@@ -96,6 +100,15 @@ class ServedContract(Contract):
         found = tokens_of(subject.engine.generate(asked, params))
         assert len(found) == 500
         assert found[495:] == tokens_of(subject.engine.generate(asked[495:], params))
+
+    def test_more_prompt_tokens_than_a_step_reads(self, subject: ServedSubject) -> None:
+        """A prompt that vLLM reads in two parts must not cost its seeded draw, or the engine."""
+        random_ = random.Random(5)
+        prompts = [tuple(random_.choices(range(3, 400), k=150)) for _ in range(60)]
+        asked = [GenerationRequest(str(i), p, seed=i) for i, p in enumerate(prompts)]
+        params = SamplingParams(3)
+        found = tokens_of(subject.engine.generate(asked, params))
+        assert found[55:] == tokens_of(subject.engine.generate(asked[55:], params))
 
     def test_callers_at_once_get_their_own_answers(self, subject: ServedSubject) -> None:
         engine = subject.engine

@@ -169,12 +169,15 @@ def test_the_next_step_is_made_while_the_trainer_works(
 def test_what_is_under_way_is_kept_and_taken_back(engine: Engine, tokenizer: ChatTokenizer) -> None:
     source, run = ahead(engine, tokenizer, 2)
     first = versions(source, run, 0, 3)
-    kept = source.under_way()
-    assert [entry["number"] for entry in kept] == [3, 4] and first == [0, 0, 0]
+    run.updates = 3
+    source.settle()
+    kept = source.under_way(3)
+    assert [entry["number"] for entry in kept.made] == [3, 4] and first == [0, 0, 0]
+    assert kept.before == ([], {"made": [0, 1, 2]}) and kept.after is None
     source.close()
     again, run = ahead(engine, tokenizer, 2)
     run.updates = 3
-    again.restore(kept)
+    again.restore(kept.made)
     engine.asked.clear()
     assert versions(again, run, 3) == [1, 2, 3, 4]
     assert engine.asked == [3, 4]  # only the steps that were not made yet
@@ -186,7 +189,10 @@ def test_a_step_that_failed_is_made_anew_after_a_resume(
 ) -> None:
     source, run = ahead(engine, tokenizer, 2, OverVersion(fails=[3]))
     assert versions(source, run, 0, 2) == [0, 0]
-    assert [entry["number"] for entry in source.under_way()] == [2]
+    source.settle()
+    kept = source.under_way(2)
+    assert [entry["number"] for entry in kept.made] == [2]
+    assert kept.after == ([], {"made": [0, 1, 2]})  # step 3 failed, step 4 was not begun
     assert versions(source, run, 2, 3) == [0]
     with pytest.raises(RolloutError, match="no engine at step 3"):
         source.take(3)
@@ -210,13 +216,34 @@ def test_a_run_that_ends_does_not_wait_for_what_is_under_way(
     assert len(engine.asked) <= 3
 
 
-def test_pairs_that_are_too_old_are_made_anew(engine: Engine, tokenizer: ChatTokenizer) -> None:
-    source, run = ahead(engine, tokenizer, 2)
-    versions(source, run, 0, 3)
-    made = source.take(3)
-    assert made.updates == 1
-    assert source.remake(3).updates == 3
+def test_a_step_that_was_taken_and_not_trained_on_is_kept(
+    engine: Engine, tokenizer: ChatTokenizer
+) -> None:
+    source, run = ahead(engine, tokenizer, 1)
+    versions(source, run, 0, 2)
+    source.take(2)  # and then training fails: two updates are done
+    source.settle()
+    assert [entry["number"] for entry in source.under_way(2).made] == [2, 3]
+    assert [entry["number"] for entry in source.under_way(3).made] == [3]
     source.close()
+
+
+def test_what_was_restored_can_be_kept_again(engine: Engine, tokenizer: ChatTokenizer) -> None:
+    source, run = ahead(engine, tokenizer, 2)
+    versions(source, run, 0, 2)
+    source.settle()
+    kept = source.under_way(2)
+    source.close()
+    again, run = ahead(engine, tokenizer, 2)
+    run.updates = 2
+    again.restore(kept.made)
+    again.take(2)
+    again.settle()
+    found = again.under_way(2)
+    assert [entry["number"] for entry in found.made] == [2, 3, 4]
+    assert found.before is None  # of step 2 nobody knows any more what the maker was before it
+    assert again.under_way(4).before is not None
+    again.close()
 
 
 def test_attempts_and_their_counts(engine: Engine, tokenizer: ChatTokenizer) -> None:
@@ -231,6 +258,6 @@ def test_made_through_json() -> None:
     pair = PreferencePair("a", (1,), (2,), (3,), 0.5, {"x": [1, 2]}, (4, 5))
     answer = Completion("b", (7, 2), (-0.25, -1.5), FinishReason.LENGTH, WeightSet.EMA, 3, 1)
     made = Made(
-        [pair], 3, 2, {"m": 1.0}, {"r": DropReport(1, {"x": 2}, {"x": "f"})}, [((1,), answer)]
+        [pair], 3, 2, 1, {"m": 1.0}, {"r": DropReport(1, {"x": 2}, {"x": "f"})}, [((1,), answer)]
     )
     assert Made.of_json(made.to_json()) == made

@@ -122,6 +122,7 @@ def test_a_step_makes_its_pairs(stage: Stage) -> None:
     assert first.inputs.strength.tolist() == [0.75, 0.75]
     assert first.metrics == {
         "rollout/generated_tokens": tokens_in(stage.maker.drawn[0]),
+        "rollout/cached_tokens": 0.0,
         "replay/size": 2.0,
     }
     assert [row.id for row in stage.steps.step(1).rows] == ["c@1"]
@@ -272,7 +273,8 @@ def test_a_maker_that_keeps_nothing(
     for _ in range(2):
         stage = Stage(policy, tokenizer, tmp_path, KeepsNothing())
         stage.steps.begin()
-        assert stage.steps.step(0).metrics == {"rollout/generated_tokens": 0.0}
+        nothing = {"rollout/generated_tokens": 0.0, "rollout/cached_tokens": 0.0}
+        assert stage.steps.step(0).metrics == nothing
         stage.steps.save(tmp_path / "step-1")
         stage.steps.load(tmp_path / "step-1")
     assert stage.steps.generated_tokens == 0 and stage.steps.reports == {}

@@ -10,7 +10,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from nemo_selfpref import errors
-from nemo_selfpref.errors import RolloutError, RolloutTimeout
+from nemo_selfpref.errors import RolloutError, RolloutRefused, RolloutTimeout
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.checked_engine import CheckedEngine
 from nemo_selfpref.rollout.serving.wire import (
@@ -29,6 +29,10 @@ from nemo_selfpref.types import WeightSet
 CONNECT_S = 10.0
 SILENCE_S = 15.0
 """A server at work says so every second; after this long it is taken for dead."""
+
+_CALLERS_MISTAKES = (400, 413, 415, 422)
+"""Not 401, 404 or 429: another server may well answer."""
+_JSON = {"Content-Type": "application/json"}
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -145,17 +149,16 @@ class ServerClient(CheckedEngine):
             raise self._broken(str(error.errors()[0])) from error
 
     def _refusal(self, reply: httpx.Response) -> RolloutError:
+        other = RolloutRefused if reply.status_code in _CALLERS_MISTAKES else RolloutError
         try:
-            return self._raised(Failure.model_validate(json.loads(reply.content)["error"]))
+            failure = Failure.model_validate(json.loads(reply.content)["error"])
         except (ValueError, KeyError, TypeError):
-            return RolloutError(f"{self.url}: status {reply.status_code}: {reply.text[:300]}")
+            return other(f"{self.url}: status {reply.status_code}: {reply.text[:300]}")
+        return self._raised(failure, other)
 
-    def _raised(self, failure: Failure) -> RolloutError:
-        """The server's exception, as ours of the same name."""
-        kind: Any = getattr(errors, failure.kind, RolloutError)
+    def _raised(self, failure: Failure, other: type[RolloutError] = RolloutError) -> RolloutError:
+        """The server's exception, as ours of the same name; as `other` where we have none."""
+        kind: Any = getattr(errors, failure.kind, None)
         if not (isinstance(kind, type) and issubclass(kind, RolloutError)):
-            kind = RolloutError
+            kind = other
         return kind(f"{self.url}: {failure.message}")
-
-
-_JSON = {"Content-Type": "application/json"}

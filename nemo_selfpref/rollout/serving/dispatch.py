@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_selfpref.errors import RolloutError
+from nemo_selfpref.errors import RolloutError, RolloutRefused
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.members import Member
 from nemo_selfpref.rollout.serving.roster import Roster
@@ -44,7 +44,8 @@ class Dispatch:
     """Answers one call. `run` gives out every place once, from the thread that called it.
 
     What an engine leaves unanswered, because it died, went silent or failed, is asked of others
-    once more; answers of an engine that was taken out meanwhile are not taken.
+    once more; answers of an engine that was taken out meanwhile are not taken. What one refuses as
+    the caller's mistake is asked of nobody else.
     """
 
     def __init__(self, work: Work, roster: Roster, stamp: Stamp, until: Until) -> None:
@@ -120,6 +121,8 @@ class Dispatch:
             self._end(share)
         else:
             self.until.check("the engines' answers")
+            if isinstance(error, RolloutRefused):
+                raise error
             self._lose(share, str(error))
 
     def _drop_broken(self) -> None:

@@ -11,6 +11,7 @@ from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.dispatch import Dispatch
 from nemo_selfpref.rollout.serving.keeper import Keeper, check_same
+from nemo_selfpref.rollout.serving.limits import check_question, tightest
 from nemo_selfpref.rollout.serving.members import LocalMember, Member, RemoteMember, State
 from nemo_selfpref.rollout.serving.roster import FleetSettings, Roster
 from nemo_selfpref.rollout.serving.updates import Updates, in_thread
@@ -25,7 +26,7 @@ from nemo_selfpref.rollout.serving.wire import (
     UpdateReport,
     WeightsCall,
 )
-from nemo_selfpref.rollout.serving.work import GenerateWork, LabelsWork, check_tokens
+from nemo_selfpref.rollout.serving.work import GenerateWork, LabelsWork
 from nemo_selfpref.types import WeightSet
 
 __all__ = ["Fleet", "FleetSettings", "LocalMember", "Member", "RemoteMember", "State"]
@@ -110,7 +111,9 @@ class Fleet:
             for what, size in info.memory.items():
                 memory[what] = memory.get(what, 0) + size
         names = [name.value for name in self._roster.weight_sets]
-        return first.model_copy(update={"memory": memory, "weight_sets": names})
+        return first.model_copy(
+            update={"memory": memory, "weight_sets": names, **tightest(list(self._infos.values()))}
+        )
 
     def health(self) -> Health:
         roster = self._roster
@@ -160,8 +163,8 @@ class Fleet:
     # -- questions ----------------------------------------------------------------------------
 
     def check(self, call: GenerateCall | LabelsCall) -> None:
-        """See Backend.check. What this lets pass, an engine answers: whatever one refuses after it
-        is that engine's failure, and asked of another."""
+        """See Backend.check. What this lets pass is within the limits of every engine: where one
+        fails to answer it all the same, another is asked."""
         if not self._started:
             raise RolloutError("the fleet has not been started")
         self._roster.check_awake()
@@ -170,7 +173,7 @@ class Fleet:
             held = ", ".join(names)
             raise RolloutError(f"no {call.weight_set.value} weights are held; there are {held}")
         self._roster.check_stamp(call.weight_set, call.expect)
-        check_tokens(call, next(iter(self._infos.values())))
+        check_question(call, self.info())
 
     def generate(
         self, call: GenerateCall, emit: Callable[[CompletionRecord], None], until: Until
@@ -187,6 +190,10 @@ class Fleet:
         Dispatch(LabelsWork(call, emit), self._roster, stamp, until).run()
 
     # -- weights ------------------------------------------------------------------------------
+
+    def live(self, name: WeightSet, until: Until) -> list[Member]:
+        """See Updates.live."""
+        return self._updates.live(name, until)
 
     def took_in(self, name: WeightSet, stamp: Stamp) -> None:
         """See Updates.took_in."""

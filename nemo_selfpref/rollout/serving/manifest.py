@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,16 +21,32 @@ from torch import Tensor
 
 from nemo_selfpref.errors import WeightSyncError
 from nemo_selfpref.files import new_folder, write_text
+from nemo_selfpref.rollout.serving.weight_files import (
+    TensorFacts,
+    batches,
+    facts_of_folder,
+    some,
+)
 from nemo_selfpref.rollout.serving.wire import Manifest, Probe, TensorEntry
 from nemo_selfpref.types import WeightSet
 
+__all__ = [
+    "MANIFEST",
+    "TensorFacts",
+    "check_complete",
+    "check_digest",
+    "digest_of",
+    "dtype_name",
+    "facts_of_folder",
+    "read_manifest",
+    "read_tensor",
+    "sha256_of_tensor",
+    "verify_files",
+    "write_weights",
+]
+
 MANIFEST = "manifest.json"
 _FILE_BYTES = 2 * 2**30
-_SHOWN = 4
-"""How many names an error lists."""
-
-TensorFacts = tuple[tuple[int, ...], str]
-"""Shape and dtype name."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -101,7 +116,7 @@ def _write_files(
 ) -> list[TensorEntry]:
     entries: list[TensorEntry] = []
     seen: set[str] = set()
-    for number, batch in enumerate(_batches(tensors)):
+    for number, batch in enumerate(batches(tensors, _FILE_BYTES)):
         name = f"weights-{number:05d}.safetensors"
         twice = seen & batch.keys()
         if twice:
@@ -111,24 +126,6 @@ def _write_files(
         save_file(batch, folder / name, metadata={"format": "pt"})
         entries.extend(_entry(key, batch[key], digest, name) for key, digest in sums)
     return entries
-
-
-def _batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    pending: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    used = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if (pending and used + size > _FILE_BYTES) or name in pending:
-            yield pending
-            pending, storages, used = {}, set(), 0
-        value = tensor.detach().cpu().contiguous()
-        # A file cannot hold tensors that share their memory, such as one under two names.
-        storage = value.untyped_storage().data_ptr()
-        pending[name] = value.clone() if storage in storages else value
-        storages.add(storage)
-        used += size
-    yield pending
 
 
 def _facts(item: tuple[str, Tensor]) -> tuple[str, str]:
@@ -200,7 +197,7 @@ def check_complete(manifest: Manifest, expected: Mapping[str, TensorFacts]) -> N
     if problems:
         raise WeightSyncError(
             f"{manifest.weight_set.value} version {manifest.version} is not this model: "
-            f"{_some(problems)}"
+            f"{some(problems)}"
         )
 
 
@@ -246,40 +243,3 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
             return handle.get_tensor(entry.name)
     except (OSError, SafetensorError) as error:
         raise WeightSyncError(f"{path}: {entry.name} cannot be read: {error}") from error
-
-
-def check_names(folder: Path, expected: Set[str]) -> None:
-    """Raise WeightSyncError unless the files below `folder` hold each of the tensors, once, and
-    no others. Their contents are not read."""
-    found: list[str] = []
-    try:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as handle:
-                found += handle.keys()
-    except (OSError, SafetensorError) as error:
-        raise WeightSyncError(f"{folder}: the weights cannot be read: {error}") from error
-    problems = [f"{name} is missing" for name in expected - set(found)]
-    problems += [f"{name} is not listed" for name in set(found) - expected]
-    problems += [f"{name} comes twice" for name, count in Counter(found).items() if count > 1]
-    if problems:
-        raise WeightSyncError(f"{folder}: {_some(problems)}")
-
-
-def _some(problems: list[str]) -> str:
-    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{'; '.join(sorted(problems)[:_SHOWN])}{more}"
-
-
-def facts_of_folder(folder: Path) -> dict[str, TensorFacts]:
-    """Name, shape and type of every tensor in a Hugging Face folder, without reading them."""
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    found: dict[str, TensorFacts] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                part = handle.get_slice(key)
-                dtype = str(part.get_dtype())
-                found[key] = (tuple(part.get_shape()), names.get(dtype, dtype))
-    if not found:
-        raise WeightSyncError(f"{folder} holds no safetensors files")
-    return found

@@ -84,7 +84,7 @@ class Updates:
 
     def _members(self, manifest: Manifest, until: Until) -> list[Member]:
         try:
-            return self._live(manifest.weight_set, until)
+            return self.live(manifest.weight_set, until)
         except RolloutError as error:
             raise WeightSyncError(
                 f"{manifest.weight_set.value} {manifest.stamp} was not sent: {error}"
@@ -110,7 +110,7 @@ class Updates:
                 with contextlib.suppress(RolloutError):
                     member.look(_LOOK_S)
 
-    def _live(self, name: WeightSet, until: Until) -> list[Member]:
+    def live(self, name: WeightSet, until: Until) -> list[Member]:
         """Whom to send new weights, once that are enough.
 
         Raises:

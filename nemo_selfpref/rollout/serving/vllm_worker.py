@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ class WeightReceiver:
     model_runner: Any
     vllm_config: Any
 
-    def selfpref_load(self, folder: str) -> None:
-        """Load every tensor of a folder of safetensors files; the caller has verified them.
+    def selfpref_load(self, files: list[str]) -> None:
+        """Load every tensor of some safetensors files; the caller has verified them.
 
         A plain load_weights would write into weights that were repacked for the processor or the
         quantisation; vLLM's layerwise reload unpacks, loads and packs again.
@@ -29,13 +28,13 @@ class WeightReceiver:
         with config.set_current_vllm_config(self.vllm_config), torch.inference_mode():
             _forget_packed_experts(model)
             reload.initialize_layerwise_reload(model)
-            model.load_weights(_tensors(Path(folder)))
+            model.load_weights(_tensors(files))
             reload.finalize_layerwise_reload(model, self.model_runner.model_config)
             _pack_tied_head(model)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(folder.glob("*.safetensors")):
+def _tensors(files: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in files:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 yield name, handle.get_tensor(name)

@@ -103,6 +103,11 @@ class GenerateCall(Call):
     requests: list[RequestRecord]
     params: ParamsRecord
 
+    def limit(self, number: int) -> int:
+        """Tokens of one request's answer, at most."""
+        own, most = self.requests[number].max_new_tokens, self.params.max_new_tokens
+        return most if own is None else min(own, most)
+
 
 class LabelsCall(Call):
     prompts: list[list[Token]]
@@ -271,3 +276,7 @@ class Info(Record):
     weight_sets: list[str]
     memory: dict[str, int]
     """Bytes: weights, kv_cache, and what else is known."""
+    max_temperature: float | None = None
+    max_labels: int | None = None
+    """Bounds of the engine's own, beside those of its model; None for none. Labels are counted once
+    each."""

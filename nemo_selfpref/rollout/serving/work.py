@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nemo_selfpref.errors import RolloutError
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.client import ServerClient
 from nemo_selfpref.rollout.serving.wire import (
     CompletionRecord,
     GenerateCall,
-    Info,
     LabelRecord,
     LabelsCall,
     Stamp,
@@ -71,8 +69,7 @@ class GenerateWork:
         return self.call.requests[place].prompt_ids
 
     def cost(self, place: int) -> int:
-        own, most = self.call.requests[place].max_new_tokens, self.call.params.max_new_tokens
-        return most if own is None else min(own, most)
+        return self.call.limit(place)
 
     def answers(
         self, client: ServerClient, places: Sequence[int], stamp: Stamp, until: Until
@@ -145,30 +142,3 @@ def share_out(work: Work, places: Sequence[int], loads: Sequence[int]) -> list[l
         shares[least] += group
         totals[least] += cost
     return [sorted(share) for share in shares]
-
-
-def check_tokens(call: GenerateCall | LabelsCall, info: Info) -> None:
-    """Raise RolloutError for prompts and labels that no engine of this kind can answer."""
-    generate = isinstance(call, GenerateCall)
-    prompts = [r.prompt_ids for r in call.requests] if generate else call.prompts
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise RolloutError(f"prompt {number} is empty: expected at least one token")
-        room = 1
-        if isinstance(call, GenerateCall):
-            own, most = call.requests[number].max_new_tokens, call.params.max_new_tokens
-            room = most if own is None else min(own, most)
-        if len(prompt) + room > info.max_length:
-            raise RolloutError(
-                f"prompt {number} has {len(prompt)} tokens; with {room} to come that passes the "
-                f"model's {info.max_length}. Lower rollout.max_new_tokens or "
-                "data.max_prompt_length."
-            )
-        if max(prompt) >= info.vocab_size:
-            raise RolloutError(
-                f"prompt {number} holds the token {max(prompt)}; the model knows {info.vocab_size}"
-            )
-    if isinstance(call, LabelsCall) and max(call.labels) >= info.vocab_size:
-        raise RolloutError(
-            f"the label {max(call.labels)} is no token; the model knows {info.vocab_size}"
-        )

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_selfpref.errors import RolloutError, StaleWeightsError, WeightSyncError
+from nemo_selfpref.errors import RolloutError, RolloutRefused, StaleWeightsError, WeightSyncError
 from nemo_selfpref.files import write_text
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.app import create_app
@@ -105,6 +105,8 @@ class StubBackend:
             tokenizer_sha256=self.spec.tokenizer_sha256,
             weight_sets=list(self.spec.weight_sets),
             memory={"weights": 100, "kv_cache": 10},
+            max_temperature=self.fault("max_temperature"),
+            max_labels=self.fault("max_labels"),
         )
 
     def health(self) -> Health:
@@ -124,6 +126,8 @@ class StubBackend:
             raise RolloutError(f"no {call.weight_set.value} weights are held here")
         if call.expect is not None and call.expect != held:
             raise StaleWeightsError(f"{call.expect} were asked for; {held} are held")
+        if self.fault("refuse_at_once"):
+            raise RolloutRefused("no stub can be asked that")
 
     def generate(
         self, call: GenerateCall, emit: Callable[[CompletionRecord], None], until: Until
@@ -183,6 +187,8 @@ class StubBackend:
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.fault("refuse_answers"):
             raise RolloutError("this stub refuses to answer")
+        if self.fault("refuse_question"):
+            raise RolloutRefused("no stub can answer that")
         end = time.monotonic() + (self.fault("answer_s") or 0.0)
         while time.monotonic() < end or self.fault("dead_engine"):
             until.check("the stub's answer")

@@ -16,6 +16,7 @@ from nemo_selfpref import errors
 from nemo_selfpref.errors import (
     RolloutCancelled,
     RolloutError,
+    RolloutRefused,
     RolloutTimeout,
     StaleWeightsError,
     WeightSyncError,
@@ -308,6 +309,7 @@ KINDS = [
     ("RolloutError", RolloutError),
     ("RolloutTimeout", RolloutTimeout),
     ("RolloutCancelled", RolloutCancelled),
+    ("RolloutRefused", RolloutRefused),
     ("StaleWeightsError", StaleWeightsError),
     ("WeightSyncError", WeightSyncError),
     ("ConfigError", RolloutError),
@@ -353,6 +355,38 @@ def test_an_error_that_is_none_of_ours(
     for ask in (lambda: client.generate(ASKED, PARAMS), client.info):
         with pytest.raises(RolloutError, match=f"{server.url}: status 502: "):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "wanted"),
+    [
+        (422, {"error": {"kind": "invalid", "message": "what was wrong"}}, RolloutRefused),
+        (422, {"error": {"kind": "RolloutRefused", "message": "no"}}, RolloutRefused),
+        (400, {"error": {"kind": "DataError", "message": "no"}}, RolloutRefused),
+        (413, {"error": {"kind": "refused", "message": "too large"}}, RolloutRefused),
+        (415, "<html>no</html>", RolloutRefused),
+        # What another server, or this one later, may answer all the same.
+        (422, {"error": {"kind": "RolloutError", "message": "it is quarantined"}}, RolloutError),
+        (401, {"error": {"kind": "refused", "message": "a token is needed"}}, RolloutError),
+        (404, "<html>no</html>", RolloutError),
+        (409, {"error": {"kind": "other", "message": "no"}}, RolloutError),
+        (429, "", RolloutError),
+        (500, {"error": {"kind": "KeyError", "message": "no"}}, RolloutError),
+    ],
+)
+def test_a_callers_mistake_is_told_from_a_servers_trouble(
+    server: ScriptedServer,
+    client: ServerClient,
+    status: int,
+    said: Any,
+    wanted: type[RolloutError],
+) -> None:
+    server.status = status
+    server.lines(said)
+    for ask in (lambda: client.generate(ASKED, PARAMS), client.info):
+        with pytest.raises(RolloutError, match=server.url) as caught:
+            ask()
+        assert type(caught.value) is wanted
 
 
 def test_another_address_is_not_followed(server: ScriptedServer, client: ServerClient) -> None:

@@ -19,6 +19,7 @@ from nemo_selfpref.errors import (
     ConfigError,
     RolloutCancelled,
     RolloutError,
+    RolloutRefused,
     RolloutTimeout,
     StaleWeightsError,
     WeightSyncError,
@@ -111,11 +112,50 @@ def test_callers_mistakes_are_refused_before_any_engine_is_asked(stubs: Stubs) -
     for prompt, why in (([], "is empty"), ([5] * 61, "with 4 to come"), ([500], "token 500")):
         record = RequestRecord(id="a", prompt_ids=prompt)
         call = GenerateCall(requests=[record], params=ParamsRecord(max_new_tokens=4))
-        with pytest.raises(RolloutError, match=why):
+        with pytest.raises(RolloutRefused, match=why):
             fleet.check(call)
-    with pytest.raises(RolloutError, match="label 500 is no token"):
+    with pytest.raises(RolloutRefused, match="label 500 is no token"):
         fleet.check(LabelsCall(prompts=[[5]], labels=[7, 500]))
     assert [m.state for m in members] == [State.SERVING] * 2 and stubs.notes == []
+
+
+def test_the_tightest_of_the_engines_limits_holds_for_all(stubs: Stubs) -> None:
+    for number, limits in enumerate(({}, {"max_temperature": 2.0}, {"max_labels": 3})):
+        (stubs.root / f"model-{number}").mkdir()
+        stubs.set(number, **limits)
+    fleet, members = stubs.fleet(3)
+    assert (fleet.info().max_temperature, fleet.info().max_labels) == (2.0, 3)
+    call = ask(6)
+    hot = call.model_copy(update={"params": ParamsRecord(max_new_tokens=4, temperature=2.5)})
+    with pytest.raises(RolloutRefused, match=r"temperature is 2\.5; the engine samples at 2\.0"):
+        collect(fleet, hot)
+    found: list[LabelRecord] = []
+    with pytest.raises(RolloutRefused, match="4 labels were asked for; the engine weighs 3"):
+        labels = LabelsCall(prompts=[[5]], labels=[7, 8, 9, 10])
+        fleet.label_scores(labels, found.append, Until.within(60))
+    assert found == [] and stubs.notes == [] and [m.load for m in members] == [0, 0, 0]
+    warm = call.model_copy(update={"params": ParamsRecord(max_new_tokens=4, temperature=2.0)})
+    check_all(warm, collect(fleet, warm), INITIAL)
+    repeated = LabelsCall(prompts=[[5]], labels=[7, 8, 9, 7])
+    fleet.label_scores(repeated, found.append, Until.within(60))
+    assert [len(record.logprobs) for record in found] == [4]
+
+
+@pytest.mark.parametrize("fault", ["refuse_at_once", "refuse_question"])
+def test_what_an_engine_calls_the_callers_mistake_is_asked_of_nobody_else(
+    stubs: Stubs, fault: str
+) -> None:
+    fleet, members = stubs.fleet()
+    stubs.set(0, **{fault: True})
+    call = ask(10)
+    with pytest.raises(RolloutRefused, match=r"no stub can .* that") as error:
+        collect(fleet, call)
+    assert members[0].url in str(error.value) and "lost" not in str(error.value)
+    assert stubs.notes == [] and [m.state for m in members] == [State.SERVING] * 2
+    eventually(lambda: [m.load for m in members] == [0, 0])
+    stubs.set(0)
+    check_all(call, collect(fleet, call), INITIAL)
+    assert [m.restarts for m in members] == [0, 0]
 
 
 def test_engines_of_another_kind_are_refused_and_ended(stubs: Stubs) -> None:

@@ -18,7 +18,6 @@ from nemo_selfpref.rollout.serving.manifest import (
     MANIFEST,
     check_complete,
     check_digest,
-    check_names,
     digest_of,
     facts_of_folder,
     read_manifest,
@@ -26,6 +25,7 @@ from nemo_selfpref.rollout.serving.manifest import (
     verify_files,
     write_weights,
 )
+from nemo_selfpref.rollout.serving.weight_files import check_names, model_files
 from nemo_selfpref.rollout.serving.wire import Manifest, Probe
 from nemo_selfpref.types import WeightSet
 
@@ -124,6 +124,55 @@ def test_tensors_that_share_their_memory(tmp_path: Path) -> None:
     verify_files(tmp_path / "w", made)
     found = load_file(tmp_path / "w" / FIRST)
     assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in tied.items()}
+
+
+def copied(monkeypatch: pytest.MonkeyPatch, folder: Path, tensors: Tensors) -> list[str]:
+    """Names of the tensors whose memory is copied before it is written."""
+    names: list[str] = []
+    saved: list[Tensors] = []
+
+    def save(batch: Tensors, path: Path, metadata: dict[str, str]) -> None:
+        saved.append(batch)
+        save_file(batch, path, metadata=metadata)
+
+    monkeypatch.setattr(module, "save_file", save)
+    verify_files(folder, write(folder, tensors))
+    for name, tensor in (item for batch in saved for item in batch.items()):
+        names += [name] if tensor.data_ptr() != tensors[name].data_ptr() else []
+    found = load_file(folder / FIRST)
+    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in tensors.items()}
+    return names
+
+
+def test_views_of_one_buffer_are_copied_only_where_they_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = torch.arange(24.0)
+    apart = {"c": buffer[16:], "a": buffer[:8], "e": buffer[8:8], "b": buffer[8:16].view(4, 2)}
+    assert copied(monkeypatch, tmp_path / "apart", apart) == []
+    over = {
+        "middle": buffer[8:16],
+        "start": buffer[:9],  # one value of the middle
+        "end": buffer[15:],  # another
+        "inside": buffer[10:12],
+        "around": buffer[4:20],
+        "same": buffer[8:16],
+        "before": buffer[:8],  # touches the middle, and meets `start`, which has been copied
+        "after": buffer[16:],
+    }
+    want = ["start", "end", "inside", "around", "same"]
+    assert copied(monkeypatch, tmp_path / "over", over) == want
+
+
+def test_views_in_files_of_their_own_need_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.arange(12.0)
+    monkeypatch.setattr(module, "_FILE_BYTES", 48)
+    saved: list[Tensor] = []
+    monkeypatch.setattr(module, "save_file", lambda batch, *_, **__: saved.extend(batch.values()))
+    write(tmp_path / "w", {"in": whole, "out": whole})
+    assert [tensor.data_ptr() for tensor in saved] == [whole.data_ptr()] * 2
 
 
 def test_values_are_taken_out_of_the_graph_and_row_by_row(tmp_path: Path) -> None:
@@ -357,6 +406,37 @@ def test_names_are_checked_without_reading_the_contents(tmp_path: Path, tensors:
         check_names(folder, tensors.keys())
     with pytest.raises(WeightSyncError, match="is missing"):
         check_names(tmp_path / "nowhere", tensors.keys())
+
+
+def test_a_model_beside_another_form_of_it(tmp_path: Path, tensors: Tensors) -> None:
+    first, second = dict(list(tensors.items())[:2]), dict(list(tensors.items())[2:])
+    save_file({"layers.0.w": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    assert facts_of_folder(tmp_path).keys() == {"layers.0.w"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert facts_of_folder(tmp_path) == facts(tensors)
+    assert [path.name for path in model_files(tmp_path)] == ["model.safetensors"]
+    check_names(tmp_path, tensors.keys(), model_files(tmp_path))
+    with pytest.raises(WeightSyncError, match=r"layers\.0\.w is not listed"):
+        check_names(tmp_path, tensors.keys())
+    # An index says which files count, whatever else is there.
+    save_file(first, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(second, tmp_path / "model-00002-of-00002.safetensors")
+    places = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    places |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert [path.name[:11] for path in model_files(tmp_path)] == ["model-00001", "model-00002"]
+    assert facts_of_folder(tmp_path) == facts(tensors)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightSyncError, match=r"00002-of-00002\.safetensors cannot be read"):
+        facts_of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_models_index_that_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(WeightSyncError, match=r"index\.json cannot be read: .* a weight_map"):
+        facts_of_folder(tmp_path)
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:

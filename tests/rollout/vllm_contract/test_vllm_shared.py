@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from backends import FOLDER, Sender, make_backend
 from contract import GREEDY, PROMPTS, Reference, requests_of, tokens_of
+from safetensors.torch import load_file, save_file
 
 from nemo_selfpref.errors import RolloutError, WeightSyncError
 from nemo_selfpref.rollout.serving.local_client import BackendEngine
@@ -114,3 +117,19 @@ def test_a_failed_update_of_one_set_leaves_the_other(
     assert greedy(shared, EMA) == [reference(0.8).greedy(p) for p in PROMPTS]
     with pytest.raises(RolloutError, match="no frozen weights are held here"):
         greedy(shared, WeightSet.FROZEN)
+
+
+def test_a_folder_that_holds_its_weights_in_another_form_too(
+    weights_dir: Path, sender: Sender, reference: References, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(FOLDER / "model", model)
+    save_file({"layers.0.wq": torch.zeros(4)}, model / "consolidated.safetensors")
+    places = dict.fromkeys(load_file(model / "model.safetensors"), "model.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    made = make_backend(model, weights_dir, "policy", "ema")
+    made.update(sender.call(1.3, 1, weight_set=POLICY, run="forms"))
+    for _ in range(2):  # from what was sent to the folder's own, and back
+        assert greedy(made, EMA) == [reference(1.0).greedy(p) for p in PROMPTS]
+        assert greedy(made, POLICY) == [reference(1.3).greedy(p) for p in PROMPTS]

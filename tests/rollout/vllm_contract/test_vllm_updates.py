@@ -62,7 +62,7 @@ def stamp(backend: VLLMBackend) -> Stamp:
 
 def in_line(backend: VLLMBackend) -> int:
     """Calls and updates that wait for what runs."""
-    return len(backend._waiting)
+    return backend._line.waiting
 
 
 def test_new_weights_are_served(
