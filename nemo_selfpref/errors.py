@@ -15,7 +15,12 @@ class DataError(SelfPrefError, ValueError):
 
 
 class RolloutError(SelfPrefError, RuntimeError):
-    """Generation failed: a teacher endpoint, an engine, or a sample that breaks the contract."""
+    """Generation failed: a teacher endpoint, an engine, or a sample that breaks the contract.
+
+    `status`: with which HTTP status a server said so; None where none answered.
+    """
+
+    status: int | None = None
 
 
 class RolloutTimeout(RolloutError):

@@ -168,6 +168,7 @@ class RolloutService:
             token_file=token_file.resolve(),
             weights_dir=self._weights_dir,
         )
+        spec = spec.model_copy(update={"delete_weights": True})
         path = self.folder / "front.spec.json"
         write_text(path, spec.model_dump_json(indent=1))
         process = ChildProcess(

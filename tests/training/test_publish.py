@@ -113,12 +113,12 @@ def test_the_probe_is_what_transformers_computes(
     expected = sum(float(logprobs[i, token]) for i, token in enumerate(probe.token_ids[1:]))
     assert probe.logprob == pytest.approx(expected, abs=1e-3)
     assert abs(found[LAGGED].logprob - probe.logprob) > 0.1
-    assert len(probe.token_ids) == 64 and probe.tolerance == 1e-3
+    assert len(probe.token_ids) == 16 and probe.tolerance == 1e-3
 
 
 def test_the_probe_fits_the_model(policy: Policy) -> None:
-    assert len(probe_ids(policy)) == 64
-    assert len(probe_ids(policy, max_length=20)) == 19
+    assert len(probe_ids(policy)) == 16
+    assert len(probe_ids(policy, max_length=10)) == 9
     assert probe_ids(policy) == probe_ids(policy)
     assert max(probe_ids(policy)) < 500
 

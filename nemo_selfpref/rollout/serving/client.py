@@ -152,9 +152,11 @@ class ServerClient(CheckedEngine):
         other = RolloutRefused if reply.status_code in _CALLERS_MISTAKES else RolloutError
         try:
             failure = Failure.model_validate(json.loads(reply.content)["error"])
+            made = self._raised(failure, other)
         except (ValueError, KeyError, TypeError):
-            return other(f"{self.url}: status {reply.status_code}: {reply.text[:300]}")
-        return self._raised(failure, other)
+            made = other(f"{self.url}: status {reply.status_code}: {reply.text[:300]}")
+        made.status = reply.status_code
+        return made
 
     def _raised(self, failure: Failure, other: type[RolloutError] = RolloutError) -> RolloutError:
         """The server's exception, as ours of the same name; as `other` where we have none."""

@@ -162,6 +162,8 @@ def run(spec: FrontSpec) -> None:
             front.close()
     finally:
         fleet.close()
+        if spec.delete_weights:
+            shutil.rmtree(spec.weights_dir, ignore_errors=True)
 
 
 def _check_tokenizer(spec: FrontSpec, tokenizer: ChatTokenizer) -> None:

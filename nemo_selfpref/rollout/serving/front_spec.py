@@ -66,6 +66,8 @@ class FrontSpec(Record):
     ready_file: str
     weights_dir: str
     """Weights that arrive over the network are put below this folder, which the engines share."""
+    delete_weights: bool = False
+    """Whether that folder goes when the front does: a trainer that is killed cannot see to it."""
 
 
 assert {*FleetEntry.model_fields} <= {field.name for field in fields(FleetSettings)}

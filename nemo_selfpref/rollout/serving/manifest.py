@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -47,6 +49,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _FILE_BYTES = 2 * 2**30
+_POOL_FROM_BYTES = 16 * 2**20
+"""Less is checked sooner than threads are started."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -208,13 +212,28 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         WeightSyncError: a file or tensor is missing, of another shape, type or content, or holds
             values that are not finite.
     """
+    tensors = [*_mapped(folder, manifest)]
+    if sum(tensor.nbytes for _, tensor in tensors) < _POOL_FROM_BYTES:
+        for entry, tensor in tensors:
+            _verify(folder, entry, tensor)
+        return
     with ThreadPoolExecutor(_threads()) as pool:
-        for _ in pool.map(lambda entry: _verify(folder, entry), manifest.tensors):
+        for _ in pool.map(lambda item: _verify(folder, *item), tensors):
             pass
 
 
-def _verify(folder: Path, entry: TensorEntry) -> None:
-    tensor = read_tensor(folder, entry)
+def _mapped(folder: Path, manifest: Manifest) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Every entry with its tensor, mapped from its file; each file is opened once."""
+    by_file: dict[str, list[TensorEntry]] = {}
+    for entry in manifest.tensors:
+        by_file.setdefault(entry.file, []).append(entry)
+    for file, entries in by_file.items():
+        with _opened(folder, file, entries[0].name) as handle:
+            for entry in entries:
+                yield entry, handle.get_tensor(entry.name)
+
+
+def _verify(folder: Path, entry: TensorEntry, tensor: Tensor) -> None:
     found = (list(tensor.shape), dtype_name(tensor.dtype))
     if found != (entry.shape, entry.dtype):
         raise WeightSyncError(
@@ -235,11 +254,17 @@ def read_tensor(folder: Path, entry: TensorEntry) -> Tensor:
     Raises:
         WeightSyncError: the file cannot be read.
     """
-    path = folder / entry.file
+    with _opened(folder, entry.file, entry.name) as handle:
+        return handle.get_tensor(entry.name)
+
+
+@contextmanager
+def _opened(folder: Path, file: str, tensor: str) -> Iterator[Any]:
+    path = folder / file
     if path.parent != folder:
-        raise WeightSyncError(f"{entry.file!r} of tensor {entry.name} is not a file's name")
+        raise WeightSyncError(f"{file!r} of tensor {tensor} is not a file's name")
     try:
         with safe_open(path, framework="pt") as handle:
-            return handle.get_tensor(entry.name)
+            yield handle
     except (OSError, SafetensorError) as error:
-        raise WeightSyncError(f"{path}: {entry.name} cannot be read: {error}") from error
+        raise WeightSyncError(f"{path}: {tensor} cannot be read: {error}") from error

@@ -161,6 +161,8 @@ class RemoteMember(Member):
                 info = self._client.info()
                 break
             except RolloutError as error:
+                if error.status is not None:  # it answers, and will not answer otherwise later
+                    raise
                 until.check(f"{self.name} at {self.url} ({error})")
                 if until.deadline is None:
                     raise

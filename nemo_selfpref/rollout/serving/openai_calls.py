@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from nemo_selfpref.errors import (
     DataError,
     RolloutError,
+    RolloutRefused,
     RolloutTimeout,
     SelfPrefError,
     StaleWeightsError,
@@ -39,6 +40,7 @@ _ONLY_OFF = {
 """Taken only at the value that changes nothing."""
 _STATUS: tuple[tuple[type[SelfPrefError], int], ...] = (
     (DataError, 400),
+    (RolloutRefused, 400),
     (StaleWeightsError, 409),
     (RolloutTimeout, 504),
     (RolloutError, 503),

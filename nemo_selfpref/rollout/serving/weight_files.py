@@ -110,7 +110,21 @@ def facts_of_folder(folder: Path) -> dict[str, TensorFacts]:
         found.update(_facts_of_file(path))
     if not found:
         raise WeightSyncError(f"{folder} holds no safetensors files")
-    return found
+    tied = _is_tied(folder) and "model.embed_tokens.weight" in found
+    return {name: facts for name, facts in found.items() if not _is_extra(name, tied)}
+
+
+def _is_tied(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "config.json").read_bytes()).get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _is_extra(name: str, tied: bool) -> bool:
+    """Whether a folder may hold this tensor though the model has no such weight: buffers that older
+    exports wrote, and the head of a model whose head is its embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
 def _facts_of_file(path: Path) -> Mapping[str, TensorFacts]:
@@ -137,7 +151,9 @@ def check_names(folder: Path, expected: Set[str], files: Sequence[Path] | None =
     except (OSError, SafetensorError) as error:
         raise WeightSyncError(f"{folder}: the weights cannot be read: {error}") from error
     problems = [f"{name} is missing" for name in expected - set(found)]
-    problems += [f"{name} is not listed" for name in set(found) - expected]
+    tied = "lm_head.weight" not in expected
+    others = {name for name in set(found) - expected if not _is_extra(name, tied)}
+    problems += [f"{name} is not listed" for name in others]
     problems += [f"{name} comes twice" for name, count in Counter(found).items() if count > 1]
     if problems:
         raise WeightSyncError(f"{folder}: {some(problems)}")

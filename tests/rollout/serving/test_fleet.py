@@ -438,6 +438,17 @@ def test_a_suspect_gets_no_work_until_it_answers(stubs: Stubs) -> None:
 # -- new weights ------------------------------------------------------------------------------
 
 
+def test_a_wrong_token_is_told_at_once(stubs: Stubs) -> None:
+    """Not after start_timeout_s: a server that answers will not answer otherwise later."""
+    child, port = remote(stubs, 1)
+    with child:
+        there = RemoteMember("there", f"http://127.0.0.1:{port}", "x" * 32)
+        until = Until.within(600)
+        with pytest.raises(RolloutError, match="a bearer token is needed"):
+            there.start(until)
+        assert until.remaining is not None and until.remaining > 500
+
+
 def test_an_update_one_engine_refuses_reaches_it_later(stubs: Stubs) -> None:
     fleet, members = stubs.fleet()
     stubs.set(0, refuse_updates=first_only(True))
