@@ -143,6 +143,7 @@ def _origin(completion: Completion) -> Mapping[str, Any]:
     origin = asdict(completion)
     origin.pop("token_ids")
     origin.pop("logprobs")
+    origin.pop("cached_tokens")  # of the engine, not of the answer
     origin["finish_reason"] = completion.finish_reason.value
     origin["weight_set"] = completion.weight_set.value
     return origin

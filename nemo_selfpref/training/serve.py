@@ -87,12 +87,12 @@ def serve_config(name: str, overrides: Sequence[str], config_dir: Path | None) -
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ConfigError(f"no value for {', '.join(missing)}. Give one: {missing[0]}=...")
     typed = to_typed(cfg)
-    check_config(typed)
     if typed.rollout.vllm.urls:
         raise ConfigError(
             "rollout.vllm.urls names servers that run already; selfpref serve starts one: leave it "
             "out"
         )
+    check_config(typed)
     return typed
 
 
