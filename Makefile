@@ -22,7 +22,7 @@ ROLLOUT_STAMP := $(ROLLOUT_VENV)/.ready
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help setup rollout-env demo test test-slow gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
+.PHONY: help setup rollout-env demo test test-slow test-long gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -59,7 +59,10 @@ test: setup rollout-env
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup rollout-env
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not long"
+
+test-long: setup rollout-env
+	$(BIN)/python -m pytest -m long
 
 # The tests run even where a check failed: the two tell different things.
 gpu-check: setup

@@ -17,6 +17,7 @@ CONCURRENT, NEW_TOKENS = 4, 8
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(
         not ROLLOUT_PYTHON.exists(), reason="no environment with vLLM here: make rollout-env"
     ),

@@ -101,6 +101,7 @@ def test_greedy_answers_are_those_of_the_embedded_engine(
         assert one["rollout/logprob_diff_max"] < 1e-4 and one["rollout/ess"] > 0.999
 
 
+@pytest.mark.long
 def test_sgpo_with_vllm(
     selfpref: Selfpref, wide_llama: Path, answers_file: Path, tmp_path: Path
 ) -> None:
@@ -122,7 +123,7 @@ def test_sgpo_with_vllm(
         assert tokens == [(c.id, c.token_ids, c.weight_version) for c in theirs[name]], name
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     staleness: int, selfpref: Selfpref, wide_llama: Path, answers_file: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def cut_off_after_three(run: Path) -> None:
     (stage / "done.json").unlink()
 
 
+@pytest.mark.long
 def test_two_ranks_ask_as_one(
     selfpref: Selfpref, wide_llama: Path, answers_file: Path, tmp_path: Path
 ) -> None:
@@ -255,7 +257,7 @@ def test_too_few_engines_stop_the_run_with_everything_saved(
 # -- a server of its own ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transport", ["folder", "gloo"])
+@pytest.mark.parametrize("transport", [pytest.param("folder", marks=pytest.mark.long), "gloo"])
 def test_training_with_a_server_that_runs_already(
     transport: str, selfpref: Selfpref, wide_llama: Path, answers_file: Path, tmp_path: Path
 ) -> None:
