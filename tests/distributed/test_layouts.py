@@ -71,7 +71,11 @@ def cases(suites: dict[str, dict[int, tuple[str, ...]]]) -> list[tuple[str, int,
 CASES = [
     *(pytest.param(case, id="-".join(map(str, case))) for case in cases(SUITES)),
     *(
-        pytest.param(case, id="-".join(map(str, case)), marks=pytest.mark.slow)
+        pytest.param(
+            case,
+            id="-".join(map(str, case)),
+            marks=[pytest.mark.slow, *([pytest.mark.long] if case[1] > 4 else [])],
+        )
         for case in cases(MIXTURES)
     ),
 ]

@@ -77,7 +77,11 @@ def same_pairs(ours: Sequence[PreferencePair], theirs: Sequence[PreferencePair])
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [("self_augmented_po", SAPO), ("osp", OSP)], ids=["sapo", "osp"]
+    ("method", "more"),
+    [
+        pytest.param("self_augmented_po", SAPO, id="sapo"),
+        pytest.param("osp", OSP, id="osp", marks=pytest.mark.long),
+    ],
 )
 def test_greedy_answers_are_those_of_the_embedded_engine(
     method: str,
@@ -238,6 +242,7 @@ def test_a_run_outlives_its_engine(wide_llama: Path, answers_file: Path, tmp_pat
     assert "started again" in (run / "rollout" / "front.log").read_text() + output
 
 
+@pytest.mark.long
 def test_too_few_engines_stop_the_run_with_everything_saved(
     selfpref: Selfpref, wide_llama: Path, answers_file: Path, tmp_path: Path
 ) -> None:
@@ -257,7 +262,8 @@ def test_too_few_engines_stop_the_run_with_everything_saved(
 # -- a server of its own ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transport", [pytest.param("folder", marks=pytest.mark.long), "gloo"])
+@pytest.mark.long
+@pytest.mark.parametrize("transport", ["folder", "gloo"])
 def test_training_with_a_server_that_runs_already(
     transport: str, selfpref: Selfpref, wide_llama: Path, answers_file: Path, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["untied", "tied", "experts"])
+@pytest.fixture(params=[pytest.param("untied", marks=pytest.mark.long), "tied", "experts"])
 def wide_policy(request: pytest.FixtureRequest, make_policy: MakePolicy, tmp_path: Path) -> Policy:
     """Heads of 32 channels, the fewest that vLLM's attention on a CPU takes."""
     changes = {"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": request.param == "tied"}
