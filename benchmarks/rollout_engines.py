@@ -17,17 +17,17 @@ from rollout_kit import START_S, Bench
 from steps_kit import Facts
 
 from nemo_selfpref.config.schema import Placement
-from nemo_selfpref.files import write_json, write_text
+from nemo_selfpref.files import write_json
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.auth import make_token
 from nemo_selfpref.rollout.serving.client import ServerClient
 from nemo_selfpref.rollout.serving.engine_spec import EngineSpec
 from nemo_selfpref.rollout.serving.fleet import Fleet, FleetSettings, RemoteMember
 from nemo_selfpref.rollout.serving.front_spec import FrontSpec
-from nemo_selfpref.rollout.serving.launcher import ChildProcess, engine_environment
+from nemo_selfpref.rollout.serving.launcher import engine_environment
 from nemo_selfpref.rollout.serving.local_client import BackendEngine
 from nemo_selfpref.rollout.serving.plan import front_spec_of
-from nemo_selfpref.training.serve import front_command
+from nemo_selfpref.training.serve import front_process
 from nemo_selfpref.training.session import find_start
 
 CHILD = Path(__file__).with_name("rollout_child.py")
@@ -51,16 +51,9 @@ class Serving:
     ) -> None:
         self.work = Path(tempfile.mkdtemp(dir=bench.scratch))
         self.spec = front_spec(bench, name, self.work, sets, caching)
-        write_text(self.work / "front.json", self.spec.model_dump_json())
         self.token = make_token(Path(self.spec.token_file))
         self._ends = ExitStack()
-        self._child = ChildProcess(
-            front_command(self.work / "front.json"),
-            ready_file=Path(self.spec.ready_file),
-            log=self.work / "front.log",
-            env=engine_environment(None),
-        )
-        self._ends.callback(self._child.stop)
+        self._child = self._ends.enter_context(front_process(self.spec))
 
     def __enter__(self) -> Served:
         try:

@@ -14,13 +14,11 @@ from nemo_selfpref.algorithms.base import PairMaker
 from nemo_selfpref.errors import RolloutCancelled, TrainingError
 from nemo_selfpref.training.rollout_check import Sampled
 from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.store import completion_of, pair_of
 from nemo_selfpref.types import (
-    Completion,
     Demonstration,
     DropReport,
-    FinishReason,
     PreferencePair,
-    WeightSet,
 )
 
 _ATTEMPTS = 3
@@ -55,33 +53,14 @@ class Made:
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Made:
         return cls(
-            pairs=[_pair(row) for row in value["pairs"]],
+            pairs=[pair_of(row) for row in value["pairs"]],
             updates=value["updates"],
             generated_tokens=value["generated_tokens"],
             cached_tokens=value.get("cached_tokens", 0),
             metrics=value["metrics"],
             reports={title: DropReport(**r) for title, r in value["reports"].items()},
-            sampled=[(tuple(prompt), completion_of_json(row)) for prompt, row in value["sampled"]],
+            sampled=[(tuple(prompt), completion_of(row)) for prompt, row in value["sampled"]],
         )
-
-
-def _pair(row: Mapping[str, Any]) -> PreferencePair:
-    ids = ("prompt_ids", "chosen_ids", "rejected_ids", "augmented_prompt_ids")
-    tokens = {name: None if row[name] is None else tuple(row[name]) for name in ids}
-    return PreferencePair(**{**row, **tokens, "messages": ()})
-
-
-def completion_of_json(row: Mapping[str, Any]) -> Completion:
-    """A completion out of what asdict made of it, through JSON."""
-    return Completion(
-        **{
-            **row,
-            "token_ids": tuple(row["token_ids"]),
-            "logprobs": tuple(row["logprobs"]),
-            "finish_reason": FinishReason(row["finish_reason"]),
-            "weight_set": WeightSet(row["weight_set"]),
-        }
-    )
 
 
 class Making:

@@ -21,7 +21,7 @@ from nemo_selfpref.errors import CheckpointError, RolloutError, SelfPrefError, W
 from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets
-from nemo_selfpref.rollout.serving.manifest import read_manifest, write_weights
+from nemo_selfpref.rollout.serving.manifest import write_weights
 from nemo_selfpref.rollout.serving.wire import (
     FolderSource,
     Manifest,
@@ -89,6 +89,7 @@ class WeightPublisher:
         self._marks: dict[WeightSet, tuple[int, int]] = {}
         self._folders: dict[WeightSet, list[Path]] = {}
         self._confirmed: dict[WeightSet, list[Path]] = {}
+        self._manifests: dict[WeightSet, Manifest] = {}
         self._count, self._keep = 0, keep
 
     def stamp(self, weight_set: WeightSet) -> Stamp | None:
@@ -141,9 +142,9 @@ class WeightPublisher:
 
     def call(self, weight_set: WeightSet) -> WeightsCall:
         """What has a server take in the weights last published, from their folder; rank 0 alone."""
-        folder = self._confirmed[weight_set][-1]
-        source = FolderSource(folder=str(folder))
-        return WeightsCall(manifest=read_manifest(folder), source=source, timeout_s=self.timeout_s)
+        source = FolderSource(folder=str(self._confirmed[weight_set][-1]))
+        manifest = self._manifests[weight_set]
+        return WeightsCall(manifest=manifest, source=source, timeout_s=self.timeout_s)
 
     def keep_newest(self) -> None:
         """Delete the folders that no server needs any more: all but each set's newest."""
@@ -189,6 +190,7 @@ class WeightPublisher:
         written = time.monotonic()
         self._send(folder, manifest, sends)
         self._confirm(weight_set, folder)
+        self._manifests[weight_set] = manifest
         times = PublishTimes(
             tensors.seconds,
             written - started - tensors.seconds,

@@ -33,8 +33,6 @@ from nemo_selfpref.training.serve_report import show
 from nemo_selfpref.training.session import find_start
 from nemo_selfpref.types import WeightSet
 
-__all__ = ["front_command", "front_spec_of", "serve"]
-
 TOKEN_FILE = Path("~/.config/nemo_selfpref/token")
 _GRACE_S = 30.0
 """Longer than an engine may take to end, so that the front can wait for its engines."""
@@ -56,7 +54,7 @@ def serve(args: argparse.Namespace) -> None:
         spec = plan(cfg, args.weights, weights_dir)
         console = Console()
         console.say(f"starting {len(spec.engines)} engines; logs in {spec.folder}")
-        with _front(spec) as front:
+        with front_process(spec) as front:
             try:
                 until = Until.within(spec.fleet.start_timeout_s + _FRONT_S, stopped.is_set)
                 port = front.wait_ready(until)
@@ -156,7 +154,8 @@ def front_command(spec_file: Path) -> list[str]:
 
 
 @contextmanager
-def _front(spec: FrontSpec) -> Iterator[ChildProcess]:
+def front_process(spec: FrontSpec) -> Iterator[ChildProcess]:
+    """A front that ends with the block, and its engines before it."""
     work = Path(spec.folder)
     spec_file = work / "front.spec.json"
     write_text(spec_file, spec.model_dump_json(indent=1))

@@ -20,24 +20,22 @@ import torch
 from nemo_selfpref import errors
 from nemo_selfpref.config.schema import Placement, Precision, RunConfig, WeightTransport
 from nemo_selfpref.errors import ConfigError, RolloutError, SelfPrefError
-from nemo_selfpref.files import write_text
 from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.rollout.engine import FOREVER, Until
 from nemo_selfpref.rollout.serving.auth import make_token, read_token
 from nemo_selfpref.rollout.serving.fleet import Fleet, FleetSettings, RemoteMember
-from nemo_selfpref.rollout.serving.launcher import ChildProcess, engine_environment
 from nemo_selfpref.rollout.serving.local_client import BackendEngine
 from nemo_selfpref.rollout.serving.plan import exposure_warning, front_spec_of, reachable
 from nemo_selfpref.rollout.serving.wire import Info, Stamp, WeightsCall
 from nemo_selfpref.training.handover import Send
-from nemo_selfpref.training.making import completion_of_json
 from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.publish import WeightPublisher, write_model_folder
 from nemo_selfpref.training.rollouts import EngineRollouts
-from nemo_selfpref.training.serve import front_command
+from nemo_selfpref.training.serve import front_process
 from nemo_selfpref.training.session import Start, tokenizer_folder
+from nemo_selfpref.training.store import completion_of
 from nemo_selfpref.types import (
     Completion,
     GenerationRequest,
@@ -47,8 +45,6 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
-_FRONT_GRACE_S = 30.0
-"""The front ends its engines first."""
 _TURN_S = 10.0
 """Ranks that wait for the first one hear from it this often, so no collective runs into its own
 deadline however long an answer takes."""
@@ -169,15 +165,7 @@ class RolloutService:
             weights_dir=self._weights_dir,
         )
         spec = spec.model_copy(update={"delete_weights": True})
-        path = self.folder / "front.spec.json"
-        write_text(path, spec.model_dump_json(indent=1))
-        process = ChildProcess(
-            front_command(path),
-            ready_file=Path(spec.ready_file),
-            log=self.folder / "front.log",
-            env=engine_environment(None),
-        )
-        self._ends.callback(process.stop, _FRONT_GRACE_S)
+        process = self._ends.enter_context(front_process(spec))
         port = process.wait_ready(Until.within(v.start_timeout_s + 30.0))
         if warning := exposure_warning(v.host):
             self.console.say(warning)
@@ -309,18 +297,13 @@ class RolloutService:
         until: Until = FOREVER,
     ) -> list[Completion]:
         """See RolloutEngine.generate."""
-        self._check_asked(weight_set)
-        give = self.hand_over()
 
-        def ask() -> list[dict[str, Any]]:
-            assert self.direct is not None
-            give()
-            found = self.direct.generate(requests, params, weight_set, on_done, until)
-            self.rest()
-            return [asdict(c) for c in found]
+        def ask(engine: BackendEngine) -> list[dict[str, Any]]:
+            return [
+                asdict(c) for c in engine.generate(requests, params, weight_set, on_done, until)
+            ]
 
-        rows = self.share(self._pool.submit(ask) if self.main else None)
-        return [completion_of_json(row) for row in rows]
+        return [completion_of(row) for row in self._ask_first(weight_set, ask)]
 
     def label_scores(
         self,
@@ -331,18 +314,28 @@ class RolloutService:
         until: Until = FOREVER,
     ) -> list[LabelScores]:
         """See RolloutEngine.label_scores."""
+
+        def ask(engine: BackendEngine) -> list[list[Any]]:
+            found = engine.label_scores(prompts, labels, weight_set, on_done, until)
+            return [[list(s.logprobs), s.best] for s in found]
+
+        rows = self._ask_first(weight_set, ask)
+        return [LabelScores(tuple(logprobs), best) for logprobs, best in rows]
+
+    def _ask_first(self, weight_set: WeightSet, ask: Callable[[BackendEngine], Any]) -> Any:
+        """What the first rank is answered, on every rank. Collective."""
         self._check_asked(weight_set)
         give = self.hand_over()
 
-        def ask() -> list[list[Any]]:
+        def work() -> Any:
             assert self.direct is not None
             give()
-            found = self.direct.label_scores(prompts, labels, weight_set, on_done, until)
-            self.rest()
-            return [[list(s.logprobs), s.best] for s in found]
+            try:
+                return ask(self.direct)
+            finally:
+                self.rest()
 
-        rows = self.share(self._pool.submit(ask) if self.main else None)
-        return [LabelScores(tuple(logprobs), best) for logprobs, best in rows]
+        return self.share(self._pool.submit(work) if self.main else None)
 
     def asking(self, rollouts: EngineRollouts, cancelled: Callable[[], bool]) -> EngineRollouts:
         """The same rollouts for a thread of the first rank, without the other ranks."""

@@ -183,17 +183,20 @@ def write_completions(path: Path, completions: Sequence[Completion]) -> None:
 
 
 def read_completions(path: Path) -> list[Completion]:
-    return [
-        Completion(
-            id=row["id"],
-            token_ids=tuple(row["token_ids"]),
-            logprobs=tuple(row["logprobs"]),
-            finish_reason=FinishReason(row["finish_reason"]),
-            weight_set=WeightSet(row["weight_set"]),
-            weight_version=row["weight_version"],
-        )
-        for row in _read_table(path)
-    ]
+    return [completion_of(row) for row in _read_table(path)]
+
+
+def completion_of(row: Mapping[str, Any]) -> Completion:
+    """A completion out of its fields as Parquet or JSON has them."""
+    return Completion(
+        **{
+            **row,
+            "token_ids": tuple(row["token_ids"]),
+            "logprobs": tuple(row["logprobs"]),
+            "finish_reason": FinishReason(row["finish_reason"]),
+            "weight_set": WeightSet(row["weight_set"]),
+        }
+    )
 
 
 def write_label_scores(path: Path, scores: Sequence[LabelScores]) -> None:
@@ -216,18 +219,21 @@ def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
 
 def read_pairs(path: Path) -> list[PreferencePair]:
     """What write_pairs wrote."""
-    return [
-        PreferencePair(
-            id=row["id"],
-            prompt_ids=tuple(row["prompt_ids"]),
-            chosen_ids=tuple(row["chosen_ids"]),
-            rejected_ids=tuple(row["rejected_ids"]),
-            strength=row["strength"],
-            provenance=json.loads(row["provenance"]),
-            augmented_prompt_ids=_optional_ids(row["augmented_prompt_ids"]),
-        )
-        for row in _read_table(path)
-    ]
+    rows = ({**r, "provenance": json.loads(r["provenance"])} for r in _read_table(path))
+    return [pair_of(row) for row in rows]
+
+
+def pair_of(row: Mapping[str, Any]) -> PreferencePair:
+    """A pair, without its messages, out of its fields as Parquet or JSON has them."""
+    return PreferencePair(
+        id=row["id"],
+        prompt_ids=tuple(row["prompt_ids"]),
+        chosen_ids=tuple(row["chosen_ids"]),
+        rejected_ids=tuple(row["rejected_ids"]),
+        strength=row["strength"],
+        provenance=row["provenance"],
+        augmented_prompt_ids=_optional_ids(row["augmented_prompt_ids"]),
+    )
 
 
 def _optional_ids(ids: list[int] | None) -> TokenIds | None:

@@ -31,9 +31,9 @@ Question = tuple[list[int], Any]
 
 _HOTTEST = 2.0
 _MOST_LABELS = 128
+"""vLLM's own bounds on the temperature and on the tokens whose log-probs it gives by name."""
 _CPU_STEP_TOKENS = 4096
 """Prompt tokens that a step on a CPU reads at most, where the longest prompt is shorter."""
-"""vLLM's own bounds on the temperature and on the tokens whose log-probs it gives by name."""
 
 
 class VLLMEngine:
