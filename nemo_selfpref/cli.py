@@ -1,12 +1,12 @@
-"""The command line: selfpref train | serve | generate | import | export | correlate | methods |
-demo."""
+"""The command line: selfpref train | serve | generate | import | export | correlate | inspect |
+replay | methods | demo."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_selfpref import __version__
@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     _import_parser(commands)
     _export_parser(commands)
     _correlate_parser(commands)
+    _inspect_parser(commands)
+    _replay_parser(commands)
+    _checkpoint_parser(commands)
     commands.add_parser("methods", help="list the algorithms").set_defaults(act=_methods)
     _demo_parser(commands)
     return parser
@@ -137,6 +140,81 @@ def _correlate_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
     correlate.set_defaults(act=_correlate)
 
 
+def _inspect_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a run did: its stages, a step, or one pair",
+        description="Read a run's folder, under way or ended, without loading a model.",
+    )
+    inspect.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    inspect.add_argument("--pair", metavar="ID", help="text, origin and use of one pair")
+    inspect.add_argument("--stage", metavar="NAME", help="one stage only, as policy or 01-policy")
+    inspect.add_argument("--step", type=int, metavar="N", help="the rows of a step, from 1")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(act=_inspect)
+
+
+def _replay_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    replay = commands.add_parser(
+        "replay",
+        help="compute a past step again and compare it with its record",
+        description="Train from the newest checkpoint before step N up to it, in a temporary "
+        "folder, and compare. Exit status 0: the same; 1: not. Nothing in RUN is changed.",
+    )
+    replay.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    replay.add_argument("--step", type=int, required=True, metavar="N", help="counted from 1")
+    replay.add_argument("--stage", metavar="NAME", help="by default the last training stage")
+    replay.add_argument(
+        "--resample", action="store_true", help="make online pairs again, recorded or not"
+    )
+    replay.add_argument(
+        "--recorded-reference",
+        action="store_true",
+        help="take the log-probs that were scored once from their file",
+    )
+    replay.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="largest relative difference that counts as equal; 0 is bit by bit",
+    )
+    replay.add_argument("--scratch", type=Path, metavar="FOLDER", help="where to work meanwhile")
+    replay.add_argument("--json", action="store_true", help="print JSON")
+    replay.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="settings of another layout or device",
+    )
+    replay.set_defaults(act=_replay)
+
+
+def _checkpoint_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint", help="verify, show, compare or delete saved state"
+    )
+    acts = checkpoint.add_subparsers(dest="act_on", required=True, metavar="ACTION")
+    verify = acts.add_parser("verify", help="compare every file with its sum; status 1 if damaged")
+    verify.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="checkpoints or runs")
+    show = acts.add_parser("show", help="what a checkpoint holds, and bytes a parameter")
+    show.add_argument("path", type=Path, metavar="CHECKPOINT")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    diff = acts.add_parser("diff", help="how two checkpoints differ; status 1 if they do")
+    diff.add_argument("first", type=Path, metavar="CHECKPOINT")
+    diff.add_argument("second", type=Path, metavar="CHECKPOINT")
+    prune = acts.add_parser("prune", help="delete old step checkpoints of a run")
+    prune.add_argument("run", type=Path, metavar="RUN")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="the newest N a stage")
+    prune.add_argument("--best", metavar="METRIC", help="keep those with its best values, too")
+    prune.add_argument("--mode", choices=["min", "max"], default="min", help="which is best")
+    prune.add_argument("--best-k", type=int, default=1, metavar="N", help="how many of them")
+    prune.add_argument("--dry-run", action="store_true", help="only tell what would go")
+    checkpoint.set_defaults(act=_checkpoint)
+
+
 def _demo_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser("demo", help="SGPO end to end on a small task, on this machine")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -218,6 +296,26 @@ def _correlate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.inspect import inspect
+
+    inspect(args)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.replay import replay
+
+    return replay(args)
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training import checkpoint_commands
+
+    act: Callable[[argparse.Namespace], int] = getattr(checkpoint_commands, args.act_on)
+    return act(args)
+
+
 def _methods(args: argparse.Namespace) -> int:
     from nemo_selfpref.algorithms.base import algorithms
 
@@ -245,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SelfPrefError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         sys.stderr.write(f"selfpref{rank}: {error}\n")
-        return 2
+        return error.exit_status
     finally:
         _leave_process_group()
 

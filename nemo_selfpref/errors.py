@@ -1,9 +1,25 @@
 """The exceptions a user can meet. Every message says what was wrong, what was found, what was
 expected and how to put it right."""
 
+EXIT_REFUSED = 2
+"""Exit status after an error meant for people: running the same again would end the same way."""
+EXIT_STOPPED = 75
+"""Stopped on request with everything saved: the same command goes on (sysexits.h: EX_TEMPFAIL)."""
+EXIT_HUNG = 76
+"""A rank stood still for too long; the same command goes on from the newest checkpoint."""
+
 
 class SelfPrefError(Exception):
-    """Base of all errors raised on purpose; the command line prints them without a traceback."""
+    """Base of all errors raised on purpose; the command line prints them without a traceback and
+    ends with `exit_status`."""
+
+    exit_status = EXIT_REFUSED
+
+
+class RunStopped(SelfPrefError):
+    """A signal asked the run to stop, and all that was done is on disk."""
+
+    exit_status = EXIT_STOPPED
 
 
 class ConfigError(SelfPrefError, ValueError):

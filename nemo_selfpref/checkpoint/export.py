@@ -11,11 +11,12 @@ from torch import Tensor
 
 from nemo_selfpref.checkpoint.hf_config import write_config
 from nemo_selfpref.checkpoint.hf_weights import megatron_shapes, to_huggingface
+from nemo_selfpref.checkpoint.seal import seal
 from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import architecture_of, merged_weights_of
 from nemo_selfpref.config.model_schema import ArchitectureConfig, TokenizerConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
-from nemo_selfpref.files import new_folder, sha256_of, write_json
+from nemo_selfpref.files import new_folder, write_json
 
 _FILE_BYTES = 4 * 2**30
 
@@ -62,8 +63,7 @@ def write_hf_folder(
         for path in folder.iterdir():
             path.chmod(0o644)
         if durable:
-            sums = {p.name: sha256_of(p) for p in sorted(folder.iterdir())}
-            write_json(folder / "manifest.json", {"sha256": sums})
+            seal(folder)
 
 
 def _tensors(reader: TensorSource, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:

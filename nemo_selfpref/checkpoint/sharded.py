@@ -7,12 +7,11 @@ index with shapes and SHA-256 sums. Any layout can read what any other wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.files import read_json, sha256_of, write_json
-from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 
 INDEX = "index.json"
 COMMON = "common.json"
@@ -43,20 +41,21 @@ class TensorSource(Protocol):
 
 
 class ShardWriter:
-    """Collects one rank's parts and writes them with their index."""
+    """Collects one rank's parts, copied into the CPU's memory, and writes them."""
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        self.folder = folder
+    def __init__(self, rank: int = 0) -> None:
         self.file = f"shard-{rank:05d}.safetensors"
         self._tensors: dict[str, Tensor] = {}
-        self._entries: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
+        """This rank's share of the index."""
 
     def add(
         self, key: str, tensor: Tensor, offset: tuple[int, ...], global_shape: tuple[int, ...]
     ) -> None:
         name = f"{key}@{','.join(map(str, offset))}"
-        self._tensors[name] = tensor.detach().cpu().clone().contiguous()
-        self._entries.append(
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        self._tensors[name] = copy.copy_(tensor.detach())
+        self.entries.append(
             {
                 "key": key,
                 "file": self.file,
@@ -68,32 +67,31 @@ class ShardWriter:
             }
         )
 
-    def write(self) -> dict[str, Any]:
-        """Write this rank's file; returns its share of the index."""
+    def nonfinite(self) -> list[str]:
+        """Names of tensors with a value that is NaN or infinite."""
+        return [n for n, t in self._tensors.items() if not bool(torch.isfinite(t).all())]
+
+    def write(self, folder: Path) -> Path | None:
+        """Write this rank's file into `folder`; None where it has no part."""
+        folder.mkdir(parents=True, exist_ok=True)
         if not self._tensors:
-            return {"entries": [], "files": {}}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / self.file
+            return None
+        path = folder / self.file
         save_file(self._tensors, path)
-        return {"entries": self._entries, "files": {self.file: sha256_of(path)}}
+        return path
 
 
-def write_index(folder: Path, shares: Iterable[dict[str, Any]]) -> None:
-    """Join the shares of all ranks into the folder's index."""
-    entries: list[dict[str, Any]] = []
-    files: dict[str, str] = {}
-    for share in shares:
-        entries.extend(share["entries"])
-        files.update(share["files"])
+def write_index(folder: Path, entries: list[dict[str, Any]], files: dict[str, str]) -> None:
+    """The index of a folder: the parts of all ranks, and the SHA-256 sums of their files."""
     write_json(folder / INDEX, {"entries": entries, "files": files})
 
 
 class ShardReader:
-    """Reads what ShardWriter wrote.
+    """Reads what ShardWriters wrote. A file's sum is checked before anything is read from it.
 
     Raises:
-        CheckpointError: on opening, a file is missing or its checksum differs; on reading, a
-            tensor is absent or its parts do not cover what was asked for.
+        CheckpointError: on opening, a file is missing; on reading, its checksum differs, a tensor
+            is absent or its parts do not cover what was asked for.
     """
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
@@ -102,14 +100,16 @@ class ShardReader:
         self._parts: dict[str, list[dict[str, Any]]] = {}
         for entry in index["entries"]:
             self._parts.setdefault(entry["key"], []).append(entry)
-        for name, expected in index["files"].items():
-            self._check(folder / name, expected, verify)
+        self._unchecked: dict[str, str] = dict(index["files"]) if verify else {}
+        for name in index["files"]:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing: the checkpoint is incomplete")
 
-    @staticmethod
-    def _check(path: Path, expected: str, verify: bool) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete")
-        if verify and (got := sha256_of(path)) != expected:
+    def _check(self, name: str) -> None:
+        expected = self._unchecked.pop(name, None)
+        path = self.folder / name
+        if expected is not None and (got := sha256_of(path)) != expected:
+            self._unchecked[name] = expected
             raise CheckpointError(
                 f"{path} is damaged: SHA-256 is {got[:12]}..., the index says {expected[:12]}... "
                 "Use another checkpoint."
@@ -144,6 +144,7 @@ class ShardReader:
             target = tuple(
                 slice(low - o, high - o) for (low, high), o in zip(overlap, offset, strict=True)
             )
+            self._check(entry["file"])
             with safe_open(self.folder / entry["file"], framework="pt") as handle:
                 part = (
                     handle.get_slice(entry["name"])[source]
@@ -172,38 +173,35 @@ class ShardReader:
             )
 
 
-def save_state(folder: Path, state: dict[str, Any], device: torch.device) -> None:
-    """Write a sharded state dict: tensors to `folder`, everything else to `folder`/common.json.
+def collect(state: dict[str, Any], rank: int) -> tuple[ShardWriter, dict[str, Any]]:
+    """This rank's parts of a sharded state dict, and what of it is not a tensor.
 
     Collective: every rank calls it. `state` is consumed, as megatron-core's own save does.
     """
     sharded, common = save_preprocess(state)
-    writer = ShardWriter(folder, dist.get_rank())
+    writer = ShardWriter(rank)
     for tensor in _sharded_tensors(sharded):
         if _is_main_replica(tensor.replica_id):
             data = tensor.data.reshape((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
             writer.add(tensor.key, data, tensor.global_offset, tensor.global_shape)
-    shares = all_gather_json(writer.write(), world_group(), device)
-    if dist.get_rank() == 0:
-        write_index(folder, shares)
-        write_json(folder / COMMON, _encode(common))
+    return writer, common
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What save_state wrote besides tensors."""
+    """What a state dict held besides tensors."""
     return _decode(read_json(folder / COMMON))
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
     """JSON for plain state; scalar tensors (step counters) keep their type."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise CheckpointError(f"a tensor of shape {tuple(value.shape)} is not in any shard")
         return {"scalar": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, dict):
-        return {str(k): _encode(v) for k, v in value.items()}
+        return {str(k): encode(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(v) for v in value]
+        return [encode(v) for v in value]
     return value
 
 

@@ -7,37 +7,38 @@ optimizer/        the same for the optimizer (checkpoints within a stage)
 lightning.json    loop counters and learning-rate schedule (likewise)
 copies/           the EMA and a moved reference (likewise, where the stage has them)
 rollouts/         what an online stage keeps between steps, such as a replay buffer (likewise)
+manifest.json     size and SHA-256 sum of every file (seal.py)
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_selfpref.checkpoint.folders import FACTS, FORMAT, FORMAT_VERSION, read_facts
 from nemo_selfpref.checkpoint.lora import MergedSource, check_same_adapters
+from nemo_selfpref.checkpoint.saver import save_now
+from nemo_selfpref.checkpoint.seal import check_file, read_seal
 from nemo_selfpref.checkpoint.sharded import (
+    INDEX,
     ShardReader,
     TensorSource,
     load_state,
     read_common,
-    save_state,
 )
+from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.config.model_schema import ArchitectureConfig, LoRAConfig, RopeScalingConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError
-from nemo_selfpref.files import publish_folder, read_json, write_json
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.optim import PolicyOptimizer
-from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.policy import Policy
 
-FORMAT = "nemo_selfpref"
-FORMAT_VERSION = 1
-MANIFEST = "checkpoint.json"
+WEIGHTS, OPTIMIZER, LIGHTNING = "weights", "optimizer", "lightning.json"
 _KEPT_FROM_LIGHTNING = (
     "epoch",
     "global_step",
@@ -45,29 +46,12 @@ _KEPT_FROM_LIGHTNING = (
     "loops",
     "lr_schedulers",
 )
-
-
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, checked.
-
-    Raises:
-        CheckpointError: not a checkpoint of ours, or of a newer format.
-    """
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT or manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / MANIFEST}: format {manifest.get('format')!r} version "
-            f"{manifest.get('version')!r}; expected {FORMAT!r} version {FORMAT_VERSION}"
-        )
-    return manifest
+_KEPT_OF_THE_MODEL = "nonfinite"
+"""What the model adds on its own: how many steps in a row were skipped."""
 
 
 def architecture_of(folder: Path) -> ArchitectureConfig:
-    fields = dict(read_manifest(folder)["architecture"])
+    fields = dict(read_facts(folder)["architecture"])
     return ArchitectureConfig(
         **{**fields, "rope_scaling": RopeScalingConfig(**fields["rope_scaling"])}
     )
@@ -75,13 +59,14 @@ def architecture_of(folder: Path) -> ArchitectureConfig:
 
 def lora_of(folder: Path) -> LoRAConfig:
     """The adapters of a checkpoint; rank 0 if it has none."""
-    return LoRAConfig(**(read_manifest(folder).get("lora") or {}))
+    return LoRAConfig(**(read_facts(folder).get("lora") or {}))
 
 
 def weights_of(folder: Path) -> ShardReader:
     """The weights of a checkpoint as they are, checksums verified."""
-    read_manifest(folder)
-    return ShardReader(folder / "weights")
+    read_facts(folder)
+    check_file(folder, f"{WEIGHTS}/{INDEX}", read_seal(folder))
+    return ShardReader(folder / WEIGHTS)
 
 
 def merged_weights_of(folder: Path) -> TensorSource:
@@ -100,69 +85,52 @@ def weights_for(folder: Path, lora: LoRAConfig) -> TensorSource:
     return weights_of(folder) if lora.rank else merged_weights_of(folder)
 
 
-class _CollectiveFolder:
-    """A folder that all ranks write and rank 0 publishes under its final name."""
-
-    def __init__(self, target: Path, is_main: bool) -> None:
-        self.target, self.is_main = target, is_main
-        self.temporary = target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        if self.is_main:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
-        barrier()
-        return self.temporary
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            return
-        barrier()
-        if self.is_main:
-            publish_folder(self.temporary, self.target)
-        barrier()
-
-
 def save_weights(target: Path, policy: Policy, tokenizer: ChatTokenizer) -> None:
-    """Write the policy's weights with its tokenizer. Collective."""
-    with _CollectiveFolder(target, policy.layout.is_main) as folder:
-        save_state(folder / "weights", policy.sharded_state_dict(), policy.platform.device())
-        if policy.layout.is_main:
-            tokenizer.save_pretrained(str(folder / "tokenizer"))
-            _write_manifest(folder, policy)
+    """Write the policy's weights with its tokenizer. Collective.
+
+    Raises:
+        CheckpointError: it cannot be written, or a weight is not finite.
+    """
+    snapshot = Snapshot()
+    snapshot.add_state(WEIGHTS, policy.sharded_state_dict())
+    snapshot.add_file("tokenizer", lambda path: tokenizer.save_pretrained(str(path)))
+    snapshot.add_json(FACTS, _facts(policy))
+    save_now(target, snapshot, policy.platform.device())
 
 
-def save_training(
-    target: Path,
+def take_training(
     policy: Policy,
     optimizer: PolicyOptimizer,
-    lightning: dict[str, Any],
-    save_more: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Write weights, optimizer, Lightning's counters and what `save_more` writes. Collective."""
-    device = policy.platform.device()
-    with _CollectiveFolder(target, policy.layout.is_main) as folder:
-        save_state(folder / "weights", policy.sharded_state_dict(), device)
-        save_state(folder / "optimizer", {"optimizer": optimizer.sharded_state_dict()}, device)
-        save_more(folder)
-        if policy.layout.is_main:
-            kept = {name: lightning[name] for name in _KEPT_FROM_LIGHTNING}
-            write_json(folder / "lightning.json", kept)
-            _write_manifest(folder, policy)
+    lightning: Mapping[str, Any],
+    save_more: Callable[[Snapshot], None] = lambda snapshot: None,
+    metrics: Mapping[str, float] | None = None,
+) -> Snapshot:
+    """Weights, optimizer, Lightning's counters and what `save_more` adds, as they are now.
+    Collective.
+
+    Args:
+        metrics: of the step just made, by which the best checkpoints can be kept.
+    """
+    snapshot = Snapshot()
+    snapshot.add_state(WEIGHTS, policy.sharded_state_dict())
+    snapshot.add_state(OPTIMIZER, {"optimizer": optimizer.sharded_state_dict()})
+    save_more(snapshot)
+    kept = {name: lightning[name] for name in _KEPT_FROM_LIGHTNING}
+    own = {name: lightning[name] for name in (_KEPT_OF_THE_MODEL,) if name in lightning}
+    snapshot.add_json(LIGHTNING, {**kept, **own})
+    snapshot.add_json(FACTS, {**_facts(policy), "metrics": dict(metrics or {})})
+    return snapshot
 
 
-def _write_manifest(folder: Path, policy: Policy) -> None:
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "architecture": asdict(policy.arch),
-            "lora": asdict(policy.config.lora) if policy.config.lora.rank else None,
-            "weight_version": policy.weight_version,
-            "precision": policy.precision.value,
-        },
-    )
+def _facts(policy: Policy) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "architecture": asdict(policy.arch),
+        "lora": asdict(policy.config.lora) if policy.config.lora.rank else None,
+        "weight_version": policy.weight_version,
+        "precision": policy.precision.value,
+    }
 
 
 def fill_policy(policy: Policy, source: TensorSource) -> None:
@@ -184,20 +152,20 @@ def load_weights(folder: Path, policy: Policy) -> None:
         )
         raise CheckpointError(f"{folder} is of another architecture ({differ})")
     fill_policy(policy, weights_for(folder, policy.config.lora))
-    policy.weight_version = int(read_manifest(folder)["weight_version"])
+    policy.weight_version = int(read_facts(folder)["weight_version"])
 
 
 def load_training(folder: Path, policy: Policy) -> dict[str, Any]:
     """Read weights into the policy; returns what Lightning restores its loops from."""
     load_weights(folder, policy)
-    saved = read_json(folder / "lightning.json")
+    saved = read_json(folder / LIGHTNING)
     return {**saved, "state_dict": {}, "optimizer_states": [{}], "callbacks": {}}
 
 
 def load_optimizer(folder: Path, optimizer: PolicyOptimizer) -> None:
     """Read the optimizer's state, whatever layout wrote it."""
     state = {"optimizer": optimizer.sharded_state_dict(is_loading=True)}
-    common = read_common(folder / "optimizer")
-    loaded = load_state(ShardReader(folder / "optimizer"), state, common)
+    common = read_common(folder / OPTIMIZER)
+    loaded = load_state(ShardReader(folder / OPTIMIZER), state, common)
     with torch.no_grad():
         optimizer.load_sharded(loaded["optimizer"])

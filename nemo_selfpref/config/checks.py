@@ -14,13 +14,23 @@ from nemo_selfpref.config.model_schema import (
     OptimizerName,
 )
 from nemo_selfpref.config.rollout_checks import engines, sampling
-from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.config.safety import names, server_urls
+from nemo_selfpref.config.schema import (
+    CheckpointParams,
+    HeartbeatConfig,
+    NonFinite,
+    RunConfig,
+    TrainerConfig,
+)
 from nemo_selfpref.errors import ConfigError
 
 
 def check_config(cfg: RunConfig) -> None:
     """Raise ConfigError with every contradiction found, one a line."""
-    rules = (_trainer, parallel, batch, _fp8, _reference_cache, _lengths, sampling, engines)
+    rules = (
+        *(names, _trainer, _heartbeat, parallel, batch, _fp8, _reference_cache, _lengths),
+        *(sampling, engines, server_urls),
+    )
     _raise([problem for rule in rules for problem in rule(cfg)])
     check_lora(cfg.model.lora)
     check_optim("model.optim", cfg.model.optim)
@@ -57,8 +67,58 @@ def _trainer(cfg: RunConfig) -> Iterator[str]:
             f"exp_manager.checkpoint_callback_params.save_top_k={params.save_top_k}: expected 1 or "
             "more, or -1 to keep all"
         )
+    yield from _kept_checkpoints(params)
     if t.gradient_clip_val < 0:
         yield f"trainer.gradient_clip_val={t.gradient_clip_val}: expected 0 (off) or more"
+    yield from _nonfinite(t)
+
+
+def _nonfinite(t: TrainerConfig) -> Iterator[str]:
+    if t.max_nonfinite_steps < 1:
+        yield (
+            f"trainer.max_nonfinite_steps={t.max_nonfinite_steps}: expected 1 or more. To skip "
+            "none, set trainer.nonfinite=halt."
+        )
+    elif t.nonfinite is NonFinite.halt and t.max_nonfinite_steps != 3:
+        yield (
+            f"trainer.max_nonfinite_steps={t.max_nonfinite_steps} does nothing with "
+            "trainer.nonfinite=halt, which skips no step. Leave one of them out."
+        )
+
+
+def _kept_checkpoints(params: CheckpointParams) -> Iterator[str]:
+    where = "exp_manager.checkpoint_callback_params"
+    if params.save_best_k < 1:
+        yield f"{where}.save_best_k={params.save_best_k}: expected 1 or more"
+    if params.failed_saves_allowed < 0:
+        yield f"{where}.failed_saves_allowed={params.failed_saves_allowed}: expected 0 or more"
+    defaults = CheckpointParams()
+    best = (params.mode, params.save_best_k) != (defaults.mode, defaults.save_best_k)
+    if best and params.monitor is None:
+        yield (
+            f"{where}.mode and save_best_k do nothing without {where}.monitor. Set that to a "
+            "metric, such as loss, or leave them out."
+        )
+
+
+def _heartbeat(cfg: RunConfig) -> Iterator[str]:
+    h, where = cfg.exp_manager.heartbeat, "exp_manager.heartbeat"
+    if h.hang_timeout_s == 0:
+        if h != HeartbeatConfig(hang_timeout_s=0):
+            yield f"{where}: its other settings do nothing with hang_timeout_s=0. Leave them out."
+        return
+    if not 0 < h.hang_timeout_s < math.inf:
+        yield f"{where}.hang_timeout_s={h.hang_timeout_s}: expected 0 (off) or seconds above it"
+    elif not 0 < h.slow_after_s <= h.hang_timeout_s / 4:
+        yield (
+            f"{where}.slow_after_s={h.slow_after_s}: expected more than 0 and at most a quarter of "
+            f"hang_timeout_s={h.hang_timeout_s}"
+        )
+    elif not 0 < h.every_s <= h.slow_after_s / 3:
+        yield (
+            f"{where}.every_s={h.every_s}: expected more than 0 and at most a third of "
+            f"slow_after_s={h.slow_after_s}, so that one late beat is no alarm"
+        )
 
 
 def _reference_cache(cfg: RunConfig) -> Iterator[str]:

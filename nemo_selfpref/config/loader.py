@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_selfpref.config.paths import conf_dir
+from nemo_selfpref.config.safety import check_file, check_overrides, check_values, no_environment
 from nemo_selfpref.config.schema import AlgorithmConfig, RolloutEngineName, RunConfig
 from nemo_selfpref.errors import ConfigError
 
@@ -54,17 +55,22 @@ def load_config(
         allow_missing: leave `???` where a value must still be given.
 
     Raises:
-        ConfigError: no such config, unknown key, wrong type, value missing.
+        ConfigError: no such config, unknown key, wrong type, value missing, or something that no
+            configuration may say (safety.py).
     """
     register_schemas(algorithm_configs)
     folder = (config_dir or conf_dir()).resolve()
     _check_name(config_name, folder)
+    check_overrides(overrides)
+    check_file(folder / f"{config_name}.yaml")
     extra = [] if folder == conf_dir().resolve() else [f"hydra.searchpath=[file://{conf_dir()}]"]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            cfg = compose(config_name, overrides=[*extra, *overrides])
-        OmegaConf.resolve(cfg)
+        with no_environment():
+            with initialize_config_dir(str(folder), version_base="1.3"):
+                cfg = compose(config_name, overrides=[*extra, *overrides])
+            OmegaConf.resolve(cfg)
+        check_values(cfg)
         _refuse_additions(cfg, algorithm_configs)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error, overrides, algorithm_configs)) from error
@@ -106,10 +112,13 @@ def _explain(
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+    if refused := next((e for e in chain if isinstance(e, ConfigError)), None):
+        return str(refused)
     text = " ".join(
         str(chain[-1] if isinstance(chain[-1], OmegaConfBaseException) else error).split("\n")
     )
     text = re.sub(r"\s+(object_type|reference_type)=\S+", "", text).strip()
+    text = re.sub(r"^ConfigError raised while resolving interpolation: ", "", text)
     known = list(_known_keys(RunConfig))
     for schema in algorithm_configs.values():
         known.extend(_known_keys(schema, "algorithm."))

@@ -23,7 +23,11 @@ _OF_STARTED = (
 
 def sampling(cfg: RunConfig) -> Iterator[str]:
     r = cfg.rollout
-    yield from positive(rollout__max_new_tokens=r.max_new_tokens, rollout__batch_size=r.batch_size)
+    yield from positive(
+        rollout__max_new_tokens=r.max_new_tokens,
+        rollout__batch_size=r.batch_size,
+        rollout__save_every=r.save_every,
+    )
     if r.temperature < 0:
         yield f"rollout.temperature={r.temperature}: expected 0 (greedy) or more"
     if not 0 < r.top_p <= 1:

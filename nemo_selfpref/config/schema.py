@@ -20,6 +20,15 @@ class Accelerator(Enum):
     gpu = "gpu"
 
 
+class NonFinite(Enum):
+    """What becomes of a step whose loss or gradient is not finite."""
+
+    skip = "skip"
+    """It is left out: nothing changes, the run goes on."""
+    halt = "halt"
+    """It ends the run."""
+
+
 class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
@@ -79,8 +88,24 @@ class TrainerConfig:
     """Stop a training stage after this many optimizer steps; -1 for whole epochs."""
     gradient_clip_val: float = 1.0
     """Clip the global gradient norm to this; 0 switches clipping off."""
+    nonfinite: NonFinite = NonFinite.skip
+    """A step whose loss or gradient is not finite is skipped, or ends the run. One bad row should
+    not cost a long run, and max_nonfinite_steps ends one that has really diverged."""
+    max_nonfinite_steps: int = 3
+    """Steps in a row that may be skipped; one more ends the run."""
     log_every_n_steps: int = 10
     enable_progress_bar: bool = True
+
+
+class MonitorMode(Enum):
+    min = "min"
+    max = "max"
+
+
+class DamagedCheckpoint(Enum):
+    previous = "previous"
+    """Put it aside under another name, and go on from the newest whole one before it."""
+    refuse = "refuse"
 
 
 @dataclass
@@ -89,6 +114,33 @@ class CheckpointParams:
     """Save within a training stage every so many steps; 0 saves at the end of each stage only."""
     save_top_k: int = 2
     """How many of a stage's newest checkpoints to keep; -1 keeps all."""
+    monitor: str | None = None
+    """A metric of metrics.jsonl; the checkpoints with its best values are kept besides."""
+    mode: MonitorMode = MonitorMode.min
+    """Whether the lowest or the highest value of `monitor` is the best."""
+    save_best_k: int = 1
+    """How many of the best to keep, where `monitor` is set."""
+    async_save: bool = True
+    """Write while training goes on; the step that saves only copies the state to memory."""
+    failed_saves_allowed: int = 2
+    """Saves in a row that may fail (a full disk) before the run stops; each is told of."""
+    on_damaged: DamagedCheckpoint = DamagedCheckpoint.previous
+    """What a resumed run does where its newest checkpoint is damaged."""
+
+
+@dataclass
+class HeartbeatConfig:
+    """Finding ranks that hang (monitor/heartbeat.py)."""
+
+    every_s: float = 10.0
+    """Seconds between two beats of a rank: a small file each in RUN/heartbeat."""
+    slow_after_s: float = 120.0
+    """Name a rank that stood still for so long, and go on."""
+    hang_timeout_s: float = 1800.0
+    """Name it, and end all ranks with exit status 76, once it stood still for so long; 0 switches
+    all of it off. Longer than what can take long without a sign of life and be well (reading or
+    writing the largest checkpoint, an export); a false alarm costs the steps since the last
+    checkpoint, a late one idle devices only."""
 
 
 @dataclass
@@ -99,6 +151,7 @@ class ExpManagerConfig:
     """Continue the run found in exp_dir/name; false refuses to touch an existing run."""
     create_tensorboard_logger: bool = True
     checkpoint_callback_params: CheckpointParams = field(default_factory=CheckpointParams)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
 
 
 @dataclass
@@ -225,6 +278,9 @@ class RolloutConfig:
     max_new_tokens: int = 512
     batch_size: int = 64
     """Sequences that one replica decodes together."""
+    save_every: int = 4096
+    """Answers or judgements of a stage that are kept as they come; an interruption loses no more
+    of them than these."""
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ class PolicyOptimizer(torch.optim.Optimizer):
     def __init__(self, policy: Policy, config: OptimConfig, clip_grad: float) -> None:
         self.policy = policy
         self.grad_norm = 0.0
+        self._standing_still = False
         dtype = policy.platform.dtype(policy.precision)
         settings = OptimizerConfig(
             optimizer="adam",
@@ -68,11 +70,23 @@ class PolicyOptimizer(torch.optim.Optimizer):
         """One update; `grad_norm` then holds the norm before clipping."""
         if closure is not None:
             closure()
+        if self._standing_still:
+            return
         with device_scope():
             # (success, norm, zero gradients); the abstract method is annotated with nothing.
             _, grad_norm, _ = cast(tuple[bool, float | None, int | None], self.inner.step())
         self.grad_norm = float(grad_norm or 0.0)
         self.policy.weight_version += 1
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Steps inside the block change nothing. Lightning and the schedule count by the calls of
+        `step`, so a step that must not be made is made so."""
+        self._standing_still = True
+        try:
+            yield
+        finally:
+            self._standing_still = False
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """Empty: the checkpoint stores the state in shards (sharded_state_dict)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,9 @@ from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.platform import Platform
+
+
+_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def initialize(cfg: RunConfig, platform: Platform) -> Layout:
     if platform.cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        join(platform)
+        join(platform, max(_TIMEOUT_S, 2 * cfg.exp_manager.heartbeat.hang_timeout_s))
     _check_world(cfg, dist.get_world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -108,9 +112,11 @@ def expert_tensor_size(model: ModelConfig) -> int:
     return 1 if model.expert_model_parallel_size > 1 else model.tensor_model_parallel_size
 
 
-def join(platform: Platform) -> None:
-    """Join the process group that the launcher's environment describes."""
-    timeout = timedelta(minutes=30)
+def join(platform: Platform, timeout_s: float = _TIMEOUT_S) -> None:
+    """Join the process group that the launcher's environment describes. A collective that takes
+    longer than `timeout_s` fails, on the ranks that wait and not on the one they wait for: whoever
+    hangs should have been found before."""
+    timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         dist.init_process_group(platform.backend, timeout=timeout)
         return
@@ -172,6 +178,15 @@ def all_gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) 
     dist.all_gather(parts, padded, group=group)
     texts = (bytes(p[: int(s.item())].cpu().numpy()) for p, s in zip(parts, sizes, strict=True))
     return [json.loads(text) for text in texts]
+
+
+def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Each flag as it is on any rank. Collective over all ranks."""
+    if dist.get_world_size() == 1:
+        return list(flags)
+    found = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]
 
 
 def world_group() -> dist.ProcessGroup:

@@ -34,6 +34,14 @@ from nemo_selfpref.data.spans import ContextSlices
 from nemo_selfpref.megatron.attention_layout import attention_layout
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.gpt import Network, PackedGPTModel, build_model, parts_of
+from nemo_selfpref.megatron.nonfinite import (
+    Fault,
+    Trial,
+    find_fault,
+    finite_output,
+    finite_step,
+    nonfinite_weights,
+)
 from nemo_selfpref.megatron.parallel import (
     Layout,
     all_gather_json,
@@ -75,6 +83,7 @@ class Policy:
         self.platform, self.layout = platform, layout
         check_platform(config, precision, platform)
         self.weight_version = 0
+        self._last_outputs: list[dict[str, Tensor]] = []
         self.module: Network = build_model(arch, config, precision, platform, layout)
         self.parts = parts_of(self.module)
         ddp_config = DistributedDataParallelConfig(
@@ -141,13 +150,34 @@ class Policy:
         """Forward and backward over one global batch; leaves gradients for the optimizer.
 
         The batches' row numbers count the rows of `inputs`. Returns the metrics of the whole global
-        batch, equal on every rank. Gradients are those of sum(loss) / sum(weight) over it.
+        batch, equal on every rank. Gradients are those of sum(loss) / sum(weight) over it. Neither
+        need be finite: ask `finite_step` before an optimizer uses them.
         """
         self.module.train()
-        self._clear_gradients()
-        step = partial(self._train_step, objective=objective, inputs=inputs)
+        self.clear_gradients()
+        step = partial(self.train_step, objective=objective, inputs=inputs)
         outputs = self.run_schedule(step, batches, list(self.ddp), forward_only=False)
+        self._last_outputs = outputs
         return self._reduce_metrics(outputs)
+
+    def finite_step(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the metrics and the global gradient that train_batch left are finite. Collective,
+        and the same answer on every rank."""
+        return finite_step(self, metrics)
+
+    def nonfinite_batches(self) -> list[int]:
+        """Micro-batches of this rank whose loss or metrics in the last train_batch were not
+        finite; the last pipeline stage alone knows."""
+        return [n for n, output in enumerate(self._last_outputs) if not finite_output(output)]
+
+    def find_fault(self, trial: Trial) -> Fault:
+        """Why the last train_batch was not finite. Collective; the gradients are gone after."""
+        return find_fault(self, trial)
+
+    def nonfinite_weights(self) -> list[str]:
+        """Names, as in a checkpoint, of weights with values that are not finite, over all ranks.
+        Collective; one pass over the weights."""
+        return nonfinite_weights(self)
 
     def run_schedule(
         self,
@@ -173,14 +203,14 @@ class Policy:
                 forward_only=forward_only,
             )
 
-    def _clear_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         for part in self.ddp:
             part.zero_grad_buffer()
         # The optimizer leaves .grad aliasing the buffer; Megatron's hook would add it to itself.
         for parameter in self.module.parameters():
             parameter.grad = None
 
-    def _train_step(
+    def train_step(
         self,
         batches: Iterator[PackedBatch],
         model: torch.nn.Module,

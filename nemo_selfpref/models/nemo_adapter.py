@@ -15,8 +15,13 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|nem
 std_logging.getLogger("nv_one_logger").setLevel(std_logging.ERROR)
 
 from nemo.core import ModelPT  # noqa: E402
+from nemo.utils import exp_manager as _exp_manager  # noqa: E402
 from nemo.utils import logging  # noqa: E402
 from nemo.utils.exp_manager import exp_manager  # noqa: E402
+
+# `git diff` of whatever folder the user stands in would be copied into the logs of every stage,
+# and a repository may name programs for git to run on a diff. The commit stays on record.
+_exp_manager.get_git_diff = lambda: ""
 
 __all__ = ["ModelPT", "exp_manager", "logging", "quiet"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_selfpref.data.batching import PackedBatch
 from nemo_selfpref.data.packing import micro_batches
-from nemo_selfpref.errors import TrainingError
+from nemo_selfpref.megatron.nonfinite import Trial
 from nemo_selfpref.megatron.optim import PolicyOptimizer, make_scheduler
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.models.nemo_adapter import ModelPT
 from nemo_selfpref.models.stage import Step, StepNumbers, TrainingStage
 from nemo_selfpref.objectives.objective import NLLScope
+
+_NONFINITE = "nonfinite"
 
 
 class MegatronGPTPreferenceModel(ModelPT):
@@ -72,42 +76,99 @@ class MegatronGPTPreferenceModel(ModelPT):
         """A batch is the number of a step; micro-batches move one at a time, in the schedule."""
         return batch
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.stage is not None
+        self.stage.nonfinite.begin(self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Steps skipped in a row stay so after a resume."""
+        assert self.stage is not None
+        checkpoint[_NONFINITE] = self.stage.nonfinite.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back what on_save_checkpoint gave."""
+        assert self.stage is not None
+        self.stage.nonfinite.load_state(checkpoint.get(_NONFINITE, {}))
+
     def training_step(self, batch: int, batch_idx: int) -> None:  # type: ignore[override]
+        """Step number `batch` of the stage.
+
+        Raises:
+            TrainingError: its numbers are not finite, and it may not be skipped.
+        """
         assert self.stage is not None
         optimizer: Any = self.optimizers()
         learning_rate = optimizer.param_groups[0]["lr"]
         step = self.stage.steps.step(batch)
-        metrics = self.policy.train_batch(
-            self._micro_batches(step), self.stage.objective, step.inputs
-        )
-        if not math.isfinite(metrics["loss"]):
-            raise TrainingError(
-                f"stage {self.stage.name}, step {self.trainer.global_step + 1}: the loss is "
-                f"{metrics['loss']}. Rows in the batch: {[row.id for row in step.rows]}. The "
-                "weights were not changed; lower the learning rate, or look at those rows."
-            )
-        optimizer.step()
+        batches = self._micro_batches(step, range(len(step.rows)))
+        metrics = self.policy.train_batch(batches, self.stage.objective, step.inputs)
+        made = self.policy.finite_step(metrics)
+        if made:
+            optimizer.step()
+            self.stage.nonfinite.finite()
+        else:
+            metrics = self._skip(batch + 1, step, batches, metrics["tokens"])
         schedulers: Any = self.lr_schedulers()
         schedulers.step()
-        self.stage.steps.after_step(batch + 1)
-        metrics |= step.metrics
-        metrics["lr"] = learning_rate
-        metrics["grad_norm"] = optimizer.optimizer.grad_norm
+        # A step that was not made moves no copy either: no EMA, no reference.
+        if made:
+            self.stage.steps.after_step(batch + 1)
+            metrics["grad_norm"] = optimizer.optimizer.grad_norm
+        else:
+            self.stage.steps.skipped(batch + 1)
+        self._report({**metrics, **_finite(step.metrics), "lr": learning_rate})
+
+    def _skip(
+        self, number: int, step: Step, batches: list[PackedBatch], tokens: float
+    ) -> dict[str, float]:
+        """Count step `number`, from 1, without making it; its metrics."""
+        assert self.stage is not None
+        fault = self.policy.find_fault(
+            Trial(batches, self.stage.objective, step.inputs, partial(self._alone, step))
+        )
+        self.stage.nonfinite.skip(self.stage.name, number, fault, step.rows)
+        optimizer: Any = self.optimizers()
+        with optimizer.optimizer.standing_still():
+            optimizer.step()
+        return {"tokens": tokens, "skipped": 1.0}
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        assert self.stage is not None
+        if self.stage.nonfinite.total:
+            metrics["nonfinite_steps"] = float(self.stage.nonfinite.total)
         self.last_metrics = metrics
         shown = {"loss", "rewards/accuracies"}
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name in shown, batch_size=1, rank_zero_only=True)
 
-    def _micro_batches(self, step: Step) -> list[PackedBatch]:
-        """This replica's share of the step."""
+    def _alone(self, step: Step, row: int) -> list[PackedBatch]:
+        """One row of the step by itself, the same on every replica."""
+        return self._micro_batches(step, [row], replica=0, num_replicas=1)
+
+    def _micro_batches(
+        self,
+        step: Step,
+        numbers: Sequence[int],
+        replica: int | None = None,
+        num_replicas: int | None = None,
+    ) -> list[PackedBatch]:
+        """A replica's share of some rows of the step; this one's unless another is named."""
         assert self.stage is not None
         layout, objective = self.policy.layout, self.stage.objective
         return micro_batches(
             step.rows,
-            range(len(step.rows)),
-            replica=layout.data_rank,
-            num_replicas=layout.data_size,
+            numbers,
+            replica=layout.data_rank if replica is None else replica,
+            num_replicas=num_replicas or layout.data_size,
             rule=self.policy.packing_rule(self.stage.micro_batch_size),
             paired=objective.paired,
             prompt_targets=getattr(objective, "nll_scope", None) is NLLScope.full,
         )
+
+
+def _finite(measured: Mapping[str, float]) -> dict[str, float]:
+    """Measurements of a step's making; those that are not finite are counted instead."""
+    found = {name: value for name, value in measured.items() if math.isfinite(value)}
+    left_out = len(measured) - len(found)
+    return found | ({"nonfinite_metrics": float(left_out)} if left_out else {})

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.config.model_schema import OptimConfig
+from nemo_selfpref.models.nonfinite import NonFiniteSteps
 from nemo_selfpref.objectives.inputs import StepInputs
 from nemo_selfpref.objectives.objective import Objective
 from nemo_selfpref.types import TrainingRow
@@ -40,12 +42,16 @@ class StepSource(Protocol):
         """Called when `done` optimizer steps have been made."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write what the next step depends on besides weights and optimizer. Collective."""
+    def skipped(self, done: int) -> None:
+        """Called instead where the last of them was left out: nothing has moved."""
+        ...
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add what the next step depends on besides weights and optimizer. Collective."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Read back what save wrote. Collective."""
+        """Read back what save added. Collective."""
         ...
 
 
@@ -59,6 +65,7 @@ class TrainingStage:
     optim: OptimConfig
     gradient_clip_val: float
     micro_batch_size: int
+    nonfinite: NonFiniteSteps = field(default_factory=NonFiniteSteps)
 
 
 class StepNumbers:

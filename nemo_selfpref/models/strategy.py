@@ -4,7 +4,6 @@ are folders of safetensors and JSON."""
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from nemo_selfpref.checkpoint.saver import Saver
 from nemo_selfpref.checkpoint.training_state import (
     load_optimizer,
     load_training,
-    save_training,
+    take_training,
 )
+from nemo_selfpref.files import remove_folder
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.platform import Platform
 
@@ -64,10 +65,11 @@ class JoinedEnvironment(ClusterEnvironment):
 class MegatronStrategy(DDPStrategy):
     """DDP's bookkeeping without its wrapper: Megatron reduces the gradients."""
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Platform, saver: Saver) -> None:
         super().__init__(
             cluster_environment=JoinedEnvironment(), process_group_backend=platform.backend
         )
+        self._saver = saver
 
     def configure_ddp(self) -> None:
         """Megatron's own wrapper is already around the network."""
@@ -82,8 +84,11 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        steps = self._stage.steps
-        save_training(Path(filepath), self._policy, self._optimizer, checkpoint, steps.save)
+        """Take the state as it is; `saver` writes it, whatever Lightning has in `checkpoint`."""
+        module: Any = self.lightning_module
+        steps, metrics = module.stage.steps, module.last_metrics
+        snapshot = take_training(self._policy, self._optimizer, checkpoint, steps.save, metrics)
+        self._saver.begin(Path(filepath), snapshot)
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         self._loading = Path(checkpoint_path)
@@ -99,7 +104,7 @@ class MegatronStrategy(DDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
-            shutil.rmtree(filepath)
+            remove_folder(Path(filepath))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         barrier()

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from nemo_selfpref.monitor.heartbeat import tick
 from nemo_selfpref.types import DropReport
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr")
@@ -72,6 +73,7 @@ class Console:
 
             def advance(count: int, new_tokens: int = 0, loss: float | None = None) -> None:
                 nonlocal tokens, done
+                tick()
                 tokens += new_tokens
                 done += count
                 rate = tokens / max(time.monotonic() - started, 1e-9)

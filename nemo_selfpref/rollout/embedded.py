@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_selfpref.errors import RolloutCancelled, RolloutError
+from nemo_selfpref.monitor.heartbeat import tick
 from nemo_selfpref.rollout.engine import FOREVER, Until
 from nemo_selfpref.rollout.sampling import sample, uniform
 from nemo_selfpref.types import (
@@ -118,6 +119,7 @@ class EmbeddedEngine:
             self._check(str(number), prompt, 0)
 
         def weigh(numbers: list[int]) -> tuple[dict[str, list[Any]], int]:
+            tick()
             logits = self.decoder.begin([prompts[n] for n in numbers], 0)
             if logits is None:
                 return {}, 0
@@ -180,6 +182,7 @@ class EmbeddedEngine:
         stop_ids = self.stop_ids | set(params.stop_token_ids)
         logits = self.decoder.begin([s.request.prompt_ids for s in active], longest)
         for step in range(longest):
+            tick()
             tokens = self._sample(active, logits, params, step)
             self._append(active, tokens, stop_ids)
             if all(s.finished for s in active):

@@ -9,6 +9,7 @@ from pathlib import Path
 from nemo_selfpref.files import read_json, write_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest, write_requests
+from nemo_selfpref.training.signals import StopSignals, stopped
 from nemo_selfpref.training.stages import Stages
 from nemo_selfpref.training.store import is_done, mark_done
 
@@ -23,14 +24,38 @@ def ask_teacher(
 ) -> dict[str, str]:
     """Answers by request id, kept in the stage's folder. Collective."""
     stage = stages.next(name)
+    stop = _Stop(stage, stages.signals)
     if stages.is_main:
-        _ask(stages, name, stage, make_teacher, requests)
+        stop.reset()
+    barrier()
+    if stages.is_main:
+        _ask(stages, name, stage, make_teacher, requests, stop)
     # An external model may take longer than a collective is allowed to wait, so the other
     # ranks watch for the file; the launcher ends them if the first rank fails.
     while not is_done(stage):
+        stop.check()
         time.sleep(_POLL_SECONDS)
     barrier()
     return read_json(stage / "answers.json")
+
+
+class _Stop:
+    """A request to stop that reached any rank, told through a file: no rank waits for another."""
+
+    def __init__(self, stage: Path, signals: StopSignals) -> None:
+        self._file, self._signals = stage / ".stop", signals
+
+    def reset(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise RunStopped if a rank was asked to stop."""
+        asked = self._signals.received is not None
+        if asked:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+        if asked or self._file.exists():
+            raise stopped(f"answers to {self._file.parent.name} that have come are kept")
 
 
 def _ask(
@@ -39,6 +64,7 @@ def _ask(
     stage: Path,
     make_teacher: Callable[[], Teacher],
     requests: Sequence[TeacherRequest],
+    stop: _Stop,
 ) -> None:
     if is_done(stage):
         stages.skip(name, stage)
@@ -56,6 +82,7 @@ def _ask(
 
         def done(total: int) -> None:
             nonlocal seen
+            stop.check()
             progress(total - seen, 0)
             seen = total
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_selfpref.checkpoint.export import export_checkpoint
-from nemo_selfpref.checkpoint.training_state import is_checkpoint, read_manifest, save_weights
+from nemo_selfpref.checkpoint.folders import is_checkpoint, read_facts
+from nemo_selfpref.checkpoint.training_state import save_weights
 from nemo_selfpref.checkpoint.verify import verify_export
 from nemo_selfpref.config.model_schema import ModelConfig
 from nemo_selfpref.config.schema import (
@@ -37,7 +38,7 @@ def single_process_policy(folder: Path) -> tuple[Policy, Start]:
 
 def _precision(folder: Path) -> Precision:
     if is_checkpoint(folder):
-        return Precision(read_manifest(folder)["precision"])
+        return Precision(read_facts(folder)["precision"])
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     half = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")
     return Precision.bf16 if half else Precision.fp32

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from nemo_selfpref.algorithms.base import Averaging, Reference
-from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state
+from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.config.schema import RefMode
-from nemo_selfpref.files import read_json, write_json
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.types import WeightSet
@@ -59,16 +60,14 @@ class StageCopies:
         self.weights.drop(WeightSet.EMA)
         self.weights.drop(WeightSet.LAGGED)
 
-    def save(self, folder: Path) -> None:
-        """Write the copies of this stage. Collective."""
+    def save(self, snapshot: Snapshot) -> None:
+        """Add the copies of this stage. Collective."""
         kept = [n for n in self.weights.held() if n in (WeightSet.EMA, WeightSet.LAGGED)]
-        policy = self.weights.policy
         for name in kept:
-            state = self.weights.sharded_state_dict(name)
-            save_state(folder / _COPIES / name.value, state, policy.platform.device())
-        if kept and policy.layout.is_main:
+            snapshot.add_state(f"{_COPIES}/{name.value}", self.weights.sharded_state_dict(name))
+        if kept:
             versions = {name.value: self.weights.version(name) for name in kept}
-            write_json(folder / _COPIES / "versions.json", versions)
+            snapshot.add_json(f"{_COPIES}/versions.json", versions)
 
     def load(self, folder: Path) -> None:
         """Read back what save wrote. Collective."""

@@ -16,10 +16,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.config.model_schema import Fp8Fallback, ModelConfig
 from nemo_selfpref.data.batching import sequences_of
 from nemo_selfpref.errors import TrainingError
-from nemo_selfpref.files import read_json, write_json
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.models.stage import Step, StepSource
 from nemo_selfpref.objectives.objective import Pass
@@ -117,10 +118,12 @@ class GuardedSteps:
             what += ". Going on in bfloat16"
         self._say(what)
 
-    def save(self, folder: Path) -> None:
-        self.steps.save(folder)
-        if self.policy.layout.is_main:
-            write_json(folder / _STATE, {"in_fp8": self.policy.in_fp8})
+    def skipped(self, done: int) -> None:
+        self.steps.skipped(done)
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.steps.save(snapshot)
+        snapshot.add_json(_STATE, {"in_fp8": self.policy.in_fp8})
 
     def load(self, folder: Path) -> None:
         self.steps.load(folder)

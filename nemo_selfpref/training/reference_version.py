@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from nemo_selfpref.checkpoint.folders import is_checkpoint
 from nemo_selfpref.checkpoint.sharded import INDEX
-from nemo_selfpref.checkpoint.training_state import is_checkpoint
 from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.files import read_json, sha256_of
 from nemo_selfpref.megatron.parallel import all_gather_json, world_group

@@ -31,10 +31,12 @@ from nemo_selfpref.pairing.filters import perplexity
 from nemo_selfpref.rollout.engine import RolloutEngine
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest
 from nemo_selfpref.training.ask import ask_teacher
+from nemo_selfpref.training.parts import Parts
 from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.rollout_check import RolloutCheck
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.session import Start, embedded_engine
+from nemo_selfpref.training.signals import StopSignals
 from nemo_selfpref.training.stages import Stages
 from nemo_selfpref.training.store import (
     RunFolder,
@@ -61,6 +63,10 @@ if TYPE_CHECKING:
     from nemo_selfpref.training.service import RolloutService
 
 
+_COMPLETIONS = (write_completions, read_completions)
+_LABEL_SCORES = (write_label_scores, read_label_scores)
+
+
 def _nothing(_: WeightSet) -> None:
     pass
 
@@ -79,12 +85,13 @@ class Run:
         start: Start,
         folder: RunFolder,
         console: Console,
+        signals: StopSignals,
         asked: frozenset[WeightSet] = frozenset(),
     ) -> None:
         self.cfg = to_typed(cfg)
         self.policy, self.tokenizer = policy, start.tokenizer
         self.console = console
-        self.stages = Stages(folder, console, policy.layout.is_main)
+        self.stages = Stages(folder, console, policy, signals)
         self.weights = WeightSets(policy)
         self.places = WeightPlaces(self.weights, start, self.cfg.seed)
         self.service: RolloutService | None = None
@@ -117,6 +124,7 @@ class Run:
             self.rollouts,
             self.stages,
             self._check,
+            signals,
             self.service,
         )
 
@@ -188,10 +196,21 @@ class Run:
             self.stages.skip(name, stage)
             return read_completions(path)
         started = time.monotonic()
+        parts = self._parts(stage)
         with self.console.progress(name, len(prompts), "answers") as progress:
-            found = self.rollouts.sample(
-                name, prompts, weights=weights, limits=limits, progress=progress
-            )
+
+            def make(part: slice) -> list[Completion]:
+                own = None if limits is None else limits[part]
+                return self.rollouts.sample(
+                    name,
+                    prompts[part],
+                    weights=weights,
+                    limits=own,
+                    progress=progress,
+                    stop=parts.stop,
+                )
+
+            found = parts.collect(len(prompts), make, _COMPLETIONS, progress)
         facts = {
             "stage": name,
             "answers": len(found),
@@ -205,7 +224,12 @@ class Run:
         if self.policy.layout.is_main:
             write_completions(path, found)
         self.stages.finish(stage, facts)
+        parts.clear()
         return found
+
+    def _parts(self, stage: Path) -> Parts:
+        device = self.policy.platform.device()
+        return Parts(stage, self.cfg.rollout.save_every, device, self.stages.signals)
 
     def label_scores(
         self,
@@ -221,14 +245,25 @@ class Run:
             self.stages.skip(name, stage)
             return read_label_scores(path)
         started = time.monotonic()
+        parts = self._parts(stage)
         with self.console.progress(name, len(prompts), "judgements") as progress:
-            found = self.rollouts.label_scores(
-                name, prompts, labels, weights=weights, progress=progress
-            )
+
+            def make(part: slice) -> list[LabelScores]:
+                return self.rollouts.label_scores(
+                    name,
+                    prompts[part],
+                    labels,
+                    weights=weights,
+                    progress=progress,
+                    stop=parts.stop,
+                )
+
+            found = parts.collect(len(prompts), make, _LABEL_SCORES, progress)
         if self.policy.layout.is_main:
             write_label_scores(path, found)
         facts = {"stage": name, "answers": len(found), "seconds": time.monotonic() - started}
         self.stages.finish(stage, facts)
+        parts.clear()
         return found
 
     def perplexities(self, name: str, rows: Sequence[tuple[TokenIds, TokenIds]]) -> list[float]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nemo_selfpref.algorithms.base import algorithms
-from nemo_selfpref.checkpoint.training_state import is_checkpoint
+from nemo_selfpref.checkpoint.folders import is_checkpoint
 from nemo_selfpref.config.checks import check_config
 from nemo_selfpref.config.loader import load_config, to_typed
 from nemo_selfpref.config.schema import DataConfig, RunConfig

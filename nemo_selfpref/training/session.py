@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from nemo_selfpref.checkpoint.folders import is_checkpoint, read_facts
 from nemo_selfpref.checkpoint.hf_config import read_architecture
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
 from nemo_selfpref.checkpoint.lora import FreshAdapters, check_same_adapters
@@ -12,9 +13,7 @@ from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import (
     architecture_of,
     fill_policy,
-    is_checkpoint,
     lora_of,
-    read_manifest,
     weights_for,
 )
 from nemo_selfpref.config.checks import check_architecture
@@ -125,7 +124,7 @@ def build_policy(cfg: RunConfig, start: Start) -> tuple[Policy, Layout]:
     policy = Policy(start.arch, cfg.model, cfg.trainer.precision, platform, layout)
     fill_policy(policy, weights_source(start, cfg.seed))
     if start.folder is not None and is_checkpoint(start.folder):
-        policy.weight_version = int(read_manifest(start.folder)["weight_version"])
+        policy.weight_version = int(read_facts(start.folder)["weight_version"])
     return policy, layout
 
 

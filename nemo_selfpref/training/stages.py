@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_selfpref.megatron.parallel import barrier
+from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.monitor.console import Console
+from nemo_selfpref.training.signals import StopSignals
 from nemo_selfpref.training.store import RunFolder, done_facts, mark_done
 from nemo_selfpref.types import DropReport
 
@@ -15,8 +17,11 @@ from nemo_selfpref.types import DropReport
 class Stages:
     """Bookkeeping of one run; every rank holds the same, the first one writes."""
 
-    def __init__(self, folder: RunFolder, console: Console, is_main: bool) -> None:
-        self.folder, self.console, self.is_main = folder, console, is_main
+    def __init__(
+        self, folder: RunFolder, console: Console, policy: Policy, signals: StopSignals
+    ) -> None:
+        self.folder, self.console, self.signals = folder, console, signals
+        self.is_main, self._device = policy.layout.is_main, policy.platform.device()
         self.summary: list[dict[str, Any]] = []
 
     def next(self, name: str) -> Path:
@@ -29,13 +34,18 @@ class Stages:
         self.console.skipped(name)
 
     def finish(self, stage: Path, facts: dict[str, Any], listed: bool = True) -> None:
-        """Mark a stage done, once every rank has come here. Collective."""
+        """Mark a stage done, once every rank has come here. Collective.
+
+        Raises:
+            RunStopped: a rank was asked to stop meanwhile.
+        """
         barrier()
         if self.is_main:
             mark_done(stage, facts)
         barrier()
         if listed:
             self.summary.append(facts)
+        self.signals.check(self._device, f"all stages up to {stage.name} are done")
 
     def note(self, stage: str, report: DropReport) -> None:
         """List rows kept and dropped."""

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import PairMaker
+from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.data.batching import StepPlan, TokenSequence
-from nemo_selfpref.files import read_json, write_json
+from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.scoring import SequenceLogps
@@ -32,7 +33,8 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
-_UNDER_WAY = Path("rollouts") / "under_way"
+_ROLLOUTS = "rollouts"
+_UNDER_WAY = f"{_ROLLOUTS}/under_way"
 _AUGMENTED = frozenset({Pass.REFINED, Pass.REFINED_REFERENCE})
 
 
@@ -161,8 +163,11 @@ class FixedSteps:
     def after_step(self, done: int) -> None:
         self.copies.after_step(done)
 
-    def save(self, folder: Path) -> None:
-        self.copies.save(folder)
+    def skipped(self, done: int) -> None:
+        """Nothing to do: which rows come next depends on the step's number alone."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.copies.save(snapshot)
         self.passes.flush()
 
     def load(self, folder: Path) -> None:
@@ -241,31 +246,34 @@ class OnlineSteps:
         self._done = done
         self.copies.after_step(done)
 
-    def save(self, folder: Path) -> None:
-        self.copies.save(folder)
+    def skipped(self, done: int) -> None:
+        self._done = done
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.copies.save(snapshot)
         self.passes.flush()
         self.source.settle()
-        if self.passes.policy.layout.is_main:
-            under_way = self.source.under_way(self._done)
-            pairs, state = under_way.after or self.maker.kept()
-            counts = {"generated_tokens": self.generated_tokens, "maker": dict(state)}
-            reports = {title: asdict(report) for title, report in self.reports.items()}
-            write_json(folder / "rollouts" / "state.json", {**counts, "reports": reports})
-            if under_way.made:
-                before, before_state = under_way.before or ([], {})
-                write_pairs(folder / _UNDER_WAY / "before.parquet", before)
-                known = under_way.before is not None
-                facts = {"made": under_way.made, "before": before_state if known else None}
-                write_json(folder / _UNDER_WAY / "steps.json", facts)
-            write_pairs(folder / "rollouts" / "pairs.parquet", pairs)
-        barrier()
+        if not snapshot.is_main:
+            return
+        under_way = self.source.under_way(self._done)
+        pairs, state = under_way.after or self.maker.kept()
+        counts = {"generated_tokens": self.generated_tokens, "maker": dict(state)}
+        reports = {title: asdict(report) for title, report in self.reports.items()}
+        snapshot.add_json(f"{_ROLLOUTS}/state.json", {**counts, "reports": reports})
+        _add_pairs(snapshot, f"{_ROLLOUTS}/pairs.parquet", pairs)
+        if under_way.made:
+            before, before_state = under_way.before or ([], {})
+            _add_pairs(snapshot, f"{_UNDER_WAY}/before.parquet", before)
+            known = under_way.before is not None
+            facts = {"made": under_way.made, "before": before_state if known else None}
+            snapshot.add_json(f"{_UNDER_WAY}/steps.json", facts)
 
     def load(self, folder: Path) -> None:
         self.copies.load(folder)
-        state = read_json(folder / "rollouts" / "state.json")
+        state = read_json(folder / _ROLLOUTS / "state.json")
         self.generated_tokens = state["generated_tokens"]
         self.reports = {title: DropReport(**r) for title, r in state["reports"].items()}
-        pairs = read_pairs(folder / "rollouts" / "pairs.parquet")
+        pairs = read_pairs(folder / _ROLLOUTS / "pairs.parquet")
         made, kept = [], state["maker"]
         if (folder / _UNDER_WAY).is_dir():
             facts = read_json(folder / _UNDER_WAY / "steps.json")
@@ -281,6 +289,12 @@ class OnlineSteps:
         lower rollout.max_staleness than the one that made them."""
         ages = [step["number"] - step["updates"] for step in made]
         return not self.count_stale and any(age > self.max_staleness for age in ages)
+
+
+def _add_pairs(snapshot: Snapshot, name: str, pairs: Sequence[PreferencePair]) -> None:
+    """Pairs as they are now; the list may change before the file is written."""
+    kept = list(pairs)
+    snapshot.add_file(name, lambda path: write_pairs(path, kept))
 
 
 def _pairs(rows: Sequence[TrainingRow]) -> list[PreferencePair]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,14 @@ from nemo_selfpref.algorithms.base import Algorithm, algorithms
 from nemo_selfpref.config.checks import check_config
 from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.config.schema import RolloutEngineName, RunConfig
-from nemo_selfpref.errors import ConfigError
+from nemo_selfpref.errors import ConfigError, SelfPrefError
 from nemo_selfpref.files import write_json
 from nemo_selfpref.monitor.console import SUMMARY_COLUMNS, Console, summary_rows
 
 if TYPE_CHECKING:
     from nemo_selfpref.megatron.policy import Policy
     from nemo_selfpref.training.run import Run
+    from nemo_selfpref.training.session import Start
     from nemo_selfpref.training.store import RunFolder
 
 
@@ -86,16 +90,52 @@ def _check_engines(cfg: RunConfig, algorithm: Algorithm) -> None:
 def train(cfg: DictConfig) -> Outcome:
     """Run the configured algorithm on this rank. Collective over all ranks of the run."""
     typed = check_before_work(cfg)
-    from nemo_selfpref.training.session import build_policy, find_start
+    from nemo_selfpref.training.session import find_start
 
     start = find_start(typed)
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    console = Console(enabled=is_main, bars=typed.trainer.enable_progress_bar)
     from nemo_selfpref.models.nemo_adapter import quiet
-    from nemo_selfpref.training.run import Run
-    from nemo_selfpref.training.store import RunFolder
 
     quiet()
+    with _watched(typed):
+        return _train(cfg, typed, start)
+
+
+@contextmanager
+def _watched(cfg: RunConfig) -> Iterator[None]:
+    """Join the process group, and find ranks that hang from here on. Collective."""
+    from nemo_selfpref.megatron.parallel import all_gather_json, initialize, world_group
+    from nemo_selfpref.megatron.platform import select_platform
+    from nemo_selfpref.monitor.beats import new_launch
+    from nemo_selfpref.monitor.heartbeat import Heart
+
+    platform, settings = select_platform(cfg.trainer.accelerator), cfg.exp_manager.heartbeat
+    layout = initialize(cfg, platform)
+    if not settings.hang_timeout_s:
+        yield
+        return
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"selfpref [rank {layout.rank}]: {text}\n")
+        sys.stderr.flush()
+
+    launch = all_gather_json(new_launch(), world_group(), platform.device())[0]
+    folder = Path(cfg.exp_manager.exp_dir) / cfg.exp_manager.name / "heartbeat"
+    ranks = {"rank": layout.rank, "world_size": layout.world_size}
+    with Heart(folder, launch, **ranks, **asdict(settings), say=say):
+        yield
+
+
+def _train(cfg: DictConfig, typed: RunConfig, start: Start) -> Outcome:
+    from nemo_selfpref.monitor.heartbeat import mark
+    from nemo_selfpref.training.session import build_policy
+
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    console = Console(enabled=is_main, bars=typed.trainer.enable_progress_bar)
+    from nemo_selfpref.training.run import Run
+    from nemo_selfpref.training.signals import StopSignals
+    from nemo_selfpref.training.store import RunFolder
+
+    mark("reading the first weights")
     policy, layout = build_policy(typed, start)
     parameters = list(policy.module.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -105,14 +145,19 @@ def train(cfg: DictConfig) -> Outcome:
         + (f", {trained:,} of them in adapters" if typed.model.lora.rank else "")
     )
     folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
-    _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy)
+    for note in _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy):
+        console.say(note)
     algorithm = pick_algorithm(typed)
-    run = Run(cfg, policy, start, folder, console, algorithm.asked_weights())
-    try:
-        run.open()
-        algorithm.run(run)
-    finally:
-        run.close()
+    with StopSignals() as signals:
+        run = Run(cfg, policy, start, folder, console, signals, algorithm.asked_weights())
+        mark("starting")
+        try:
+            run.open()
+            mark(typed.algorithm.name)
+            algorithm.run(run)
+        finally:
+            run.close()
+    mark("saving the final checkpoint")
     checkpoint = run.save_final()
     hf = _export(typed, run, checkpoint)
     if layout.is_main:
@@ -126,32 +171,38 @@ def train(cfg: DictConfig) -> Outcome:
     return Outcome(folder.path, checkpoint, hf)
 
 
-def _open_together(folder: RunFolder, cfg: DictConfig, resume: bool, policy: Policy) -> None:
-    """The first rank opens the folder; a refusal reaches every rank."""
+def _open_together(
+    folder: RunFolder, cfg: DictConfig, resume: bool, policy: Policy
+) -> list[str]:
+    """The first rank opens the folder; a refusal reaches every rank. What is to be said of it."""
     from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 
-    refusal = None
+    refusal, notes = None, []
     if policy.layout.is_main:
         try:
-            folder.open(cfg, resume)
-        except ConfigError as error:
+            notes = folder.open(cfg, resume)
+        except SelfPrefError as error:
             refusal = str(error)
     refusal = all_gather_json(refusal, world_group(), policy.platform.device())[0]
     if refusal is not None:
         raise ConfigError(refusal)
+    return notes
 
 
 def _export(cfg: RunConfig, run: Run, checkpoint: Path) -> Path | None:
     from nemo_selfpref.checkpoint.export import export_checkpoint
     from nemo_selfpref.checkpoint.verify import verify_export
     from nemo_selfpref.megatron.parallel import barrier
+    from nemo_selfpref.monitor.heartbeat import mark
 
     if not cfg.export.hf:
         return None
     target = checkpoint.parent / "hf"
+    mark("export")
     if run.policy.layout.is_main:
         export_checkpoint(checkpoint, target)
     barrier()
     if cfg.export.verify:
+        mark("comparing the export")
         verify_export(run.policy, run.tokenizer, target)
     return target

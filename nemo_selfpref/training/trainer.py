@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.training_state import save_weights
-from nemo_selfpref.config.schema import RefMode, RunConfig, StaleSamples
+from nemo_selfpref.config.schema import NonFinite, RefMode, RunConfig, StaleSamples
 from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.data.tokenizer import ChatTokenizer
-from nemo_selfpref.errors import DataError
+from nemo_selfpref.errors import DataError, TrainingError
+from nemo_selfpref.megatron.parallel import barrier
+from nemo_selfpref.models.nonfinite import NonFiniteSteps, refuse_nonfinite
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
 from nemo_selfpref.models.stage import StepSource, TrainingStage
 from nemo_selfpref.objectives.objective import Objective
@@ -27,9 +29,10 @@ from nemo_selfpref.training.places import WeightPlaces
 from nemo_selfpref.training.reference_cache import open_cache
 from nemo_selfpref.training.rollout_check import RolloutCheck
 from nemo_selfpref.training.rollouts import EngineRollouts
+from nemo_selfpref.training.signals import StopSignals
 from nemo_selfpref.training.stages import Stages
 from nemo_selfpref.training.steps import FixedSteps, OnlineSteps, Passes
-from nemo_selfpref.training.store import done_facts, is_done, write_pairs
+from nemo_selfpref.training.store import done_facts, is_done, read_tensors, write_pairs
 from nemo_selfpref.types import Demonstration, PreferencePair, TrainingRow, WeightSet
 
 if TYPE_CHECKING:
@@ -48,12 +51,13 @@ class StageTrainer:
         rollouts: EngineRollouts,
         stages: Stages,
         check: RolloutCheck,
+        signals: StopSignals,
         service: RolloutService | None = None,
     ) -> None:
         self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
         self.places, self.rollouts, self.stages = places, rollouts, stages
         self.policy, self.weights = model.policy, places.weights
-        self._check, self._service = check, service
+        self._check, self._signals, self._service = check, signals, service
         self._cache = open_cache(cfg.model, self.policy, places, stages.console.say)
 
     def train(
@@ -169,7 +173,15 @@ class StageTrainer:
         total = 2 * len(steps.rows) * len(steps.scored_once)
         with self.stages.console.progress(f"{name}: reference", total, "answers") as progress:
             path = stage / "reference.safetensors"
-            return steps.score_once(path, unmoved, lambda n: progress(n, 0))
+            measured = steps.score_once(path, unmoved, lambda n: progress(n, 0))
+        try:
+            refuse_nonfinite(name, read_tensors(path), steps.rows)
+        except TrainingError:
+            barrier()  # every rank has read it
+            if self.policy.layout.is_main:
+                path.unlink(missing_ok=True)  # another start scores anew
+            raise
+        return measured
 
     def _fit(
         self,
@@ -189,10 +201,12 @@ class StageTrainer:
             optim=settings.optim or self.cfg.model.optim,
             gradient_clip_val=self.cfg.trainer.gradient_clip_val,
             micro_batch_size=self.cfg.model.micro_batch_size,
+            nonfinite=self._nonfinite(stage),
         )
         started = time.monotonic()
         self.places.leave()
-        last = fit_stage(self.model, fitted, self.cfg, stage, self.stages.console)
+        console = self.stages.console
+        last = fit_stage(self.model, fitted, self.cfg, stage, console, self._signals)
         if self._cache is not None:
             self._cache.flush()
         save_weights(stage / "weights", self.policy, self.tokenizer)
@@ -204,6 +218,12 @@ class StageTrainer:
             "weight_version": self.policy.weight_version,
             **last,
         }
+
+    def _nonfinite(self, stage: Path) -> NonFiniteSteps:
+        t, main = self.cfg.trainer, self.policy.layout.is_main
+        path = stage / "nonfinite.jsonl" if main else None
+        halt = t.nonfinite is NonFinite.halt
+        return NonFiniteSteps(halt, t.max_nonfinite_steps, path, self.stages.console.say)
 
 
 def _refuse_empty(name: str, rows: Sequence[TrainingRow]) -> None:

@@ -9,15 +9,17 @@ import pytest
 import torch
 from tiny import MakePolicy, in_precision, save_llama, with_adapters
 
+from nemo_selfpref.checkpoint.folders import is_checkpoint
+from nemo_selfpref.checkpoint.saver import save_now
+from nemo_selfpref.checkpoint.seal import SEAL, problems, seal
 from nemo_selfpref.checkpoint.sharded import ShardReader
 from nemo_selfpref.checkpoint.training_state import (
     architecture_of,
-    is_checkpoint,
     load_optimizer,
     load_training,
     load_weights,
-    save_training,
     save_weights,
+    take_training,
 )
 from nemo_selfpref.config.model_schema import LoRAConfig, OptimConfig, OptimizerName
 from nemo_selfpref.config.schema import Precision
@@ -42,6 +44,12 @@ OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1)
 
 def trainer_of(policy: Policy, name: OptimizerName = OptimizerName.adamw) -> PolicyOptimizer:
     return PolicyOptimizer(policy, replace(OPTIM, name=name), clip_grad=1.0)
+
+
+def save_training(
+    target: Path, policy: Policy, optimizer: PolicyOptimizer, lightning: dict[str, Any]
+) -> None:
+    save_now(target, take_training(policy, optimizer, lightning), torch.device("cpu"))
 
 
 def step(optimizer: PolicyOptimizer, number: int) -> tuple[float, float]:
@@ -176,6 +184,7 @@ def test_nothing_is_pickled(policy: Policy, tokenizer: ChatTokenizer, tmp_path: 
     assert files == {
         "step-1/checkpoint.json",
         "step-1/lightning.json",
+        "step-1/manifest.json",
         "step-1/weights/common.json",
         "step-1/weights/index.json",
         "step-1/weights/shard-00000.safetensors",
@@ -203,8 +212,30 @@ def test_another_format_is_refused(
     save_weights(tmp_path / "checkpoint", policy, tokenizer)
     path = tmp_path / "checkpoint" / "checkpoint.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (tmp_path / "checkpoint" / SEAL).unlink()
+    seal(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match=r"expected 'nemo_selfpref' version 1"):
         load_weights(tmp_path / "checkpoint", policy)
+
+
+def test_a_changed_fact_is_found(policy: Policy, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    save_weights(tmp_path / "checkpoint", policy, tokenizer)
+    path = tmp_path / "checkpoint" / "checkpoint.json"
+    path.write_text(path.read_text().replace('"weight_version": 0', '"weight_version": 1'))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged: SHA-256"):
+        load_weights(tmp_path / "checkpoint", policy)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    policy: Policy, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    save_weights(tmp_path / "checkpoint", policy, tokenizer)
+    with torch.no_grad():
+        next(iter(policy.module.parameters()))[3, 5] = float("nan")
+    with pytest.raises(CheckpointError, match=r"rank 0: weights holds values that are not finite"):
+        save_weights(tmp_path / "checkpoint", policy, tokenizer)
+    assert problems(tmp_path / "checkpoint") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(

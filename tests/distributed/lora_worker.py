@@ -12,11 +12,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from worker import MICRO_BATCH, OBJECTIVES, ROWS, config, make_rows, step_inputs, weights_kept
+from worker import (
+    MICRO_BATCH,
+    OBJECTIVES,
+    ROWS,
+    config,
+    make_rows,
+    save_state,
+    step_inputs,
+    weights_kept,
+)
 
 from nemo_selfpref.checkpoint.hf_weights import generator_for, read_part
 from nemo_selfpref.checkpoint.lora import FreshAdapters, adapter_shapes
-from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state
 from nemo_selfpref.checkpoint.training_state import fill_policy
 from nemo_selfpref.checkpoint.verify import policy_logits
 from nemo_selfpref.config.model_schema import LoRAConfig, OptimConfig
@@ -51,12 +60,12 @@ class MovedAdapters:
 
 
 def save(policy: Policy, folder: Path) -> None:
-    save_state(folder, policy.sharded_state_dict(), policy.platform.device())
+    save_state(folder, policy.sharded_state_dict())
 
 
 def save_copy(weights: WeightSets, folder: Path) -> None:
     state = weights.sharded_state_dict(WeightSet.EMA)
-    save_state(folder, state, weights.policy.platform.device())
+    save_state(folder, state)
 
 
 def save_gradients(policy: Policy, weights: WeightSets, folder: Path) -> None:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 
 from nemo_selfpref.checkpoint.hf_config import read_architecture
 from nemo_selfpref.checkpoint.hf_weights import HuggingFaceSource, RandomSource
-from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
+from nemo_selfpref.checkpoint.saver import save_now
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state
+from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.checkpoint.training_state import fill_policy
 from nemo_selfpref.config.checks import check_architecture, check_config
 from nemo_selfpref.config.model_schema import (
@@ -74,6 +76,13 @@ SHIFT = torch.linspace(-2, 2, 2 * ROWS)
 SHIFTS = {Pass.REFERENCE: SHIFT, Pass.REFINED: SHIFT.flip(0), Pass.REFINED_REFERENCE: SHIFT.cos()}
 """By how much the log-probs of each pass differ from the policy's."""
 LABELS = (7, 2, 311)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """A sharded state dict, as a folder that a ShardReader reads. Collective."""
+    snapshot = Snapshot()
+    snapshot.add_state(".", state)
+    save_now(folder, snapshot, select_platform(Accelerator.auto).device())
 
 
 def tokens(count: int, generator: torch.Generator) -> TokenIds:
@@ -172,7 +181,7 @@ def save_gradients(policy: Policy, folder: Path) -> None:
     with weights_kept(policy) as parameters:
         for p in parameters:
             p.copy_(p.main_grad)
-        save_state(folder, policy.sharded_state_dict(), policy.platform.device())
+        save_state(folder, policy.sharded_state_dict())
 
 
 def exercise(policy: Policy, out: Path, first: Path) -> None:
@@ -214,7 +223,7 @@ def exercise(policy: Policy, out: Path, first: Path) -> None:
     optimizer = PolicyOptimizer(policy, OptimConfig(lr=1e-3), clip_grad=0.5)
     optimizer.step()
     found["norms"].append(optimizer.grad_norm)
-    save_state(out / "stepped", policy.sharded_state_dict(), policy.platform.device())
+    save_state(out / "stepped", policy.sharded_state_dict())
     if layout.is_main:
         (out / "found.json").write_text(json.dumps(found))
 
@@ -235,16 +244,16 @@ def average(weights: WeightSets, folder: Path, read_from: Path) -> None:
 
     The policy moves by a rule that no layout rounds differently, so the EMA must be the same.
     """
-    policy, device = weights.policy, weights.policy.platform.device()
+    policy = weights.policy
     weights.take(WeightSet.EMA, WeightSet.POLICY)
     with weights_kept(policy) as parameters:
         torch._foreach_mul_(parameters, 0.5)
         weights.average(alpha=0.25)
-    save_state(folder / "ema", weights.sharded_state_dict(WeightSet.EMA), device)
+    save_state(folder / "ema", weights.sharded_state_dict(WeightSet.EMA))
     parallel.barrier()
     reader = ShardReader(read_from / "ema")
     weights.fill(WeightSet.EMA, lambda state: load_state(reader, state), version=1)
-    save_state(folder / "ema-read", weights.sharded_state_dict(WeightSet.EMA), device)
+    save_state(folder / "ema-read", weights.sharded_state_dict(WeightSet.EMA))
 
 
 def make_prompts() -> list[TokenIds]:

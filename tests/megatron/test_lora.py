@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from saving import save_state
 from tiny import MakePolicy, in_precision, with_adapters
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state
 from nemo_selfpref.checkpoint.verify import policy_logits
 from nemo_selfpref.config.model_schema import LoRAConfig, OptimConfig, OptimizerName, Recompute
 from nemo_selfpref.config.schema import Precision
@@ -169,7 +170,7 @@ def test_a_frozen_copy_holds_only_adapters(adapted: Policy, policy: Policy, tmp_
         assert version == 0 and torch.equal(logits(adapted), logits(policy))
     assert all(torch.equal(p, after[name]) for name, p in adapted.module.named_parameters())
 
-    save_state(tmp_path, weights.sharded_state_dict(WeightSet.FROZEN), torch.device("cpu"))
+    save_state(tmp_path, weights.sharded_state_dict(WeightSet.FROZEN))
     reader = ShardReader(tmp_path)
     assert all(is_adapter(name) for name in reader.names()) and len(reader.names()) == 4 * 4 * 2
     other = WeightSets(adapted)

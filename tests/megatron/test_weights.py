@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from saving import save_state
 from tiny import MakePolicy, in_precision, scale
 from torch import Tensor
 
-from nemo_selfpref.checkpoint.sharded import ShardReader, load_state, save_state
+from nemo_selfpref.checkpoint.sharded import ShardReader, load_state
 from nemo_selfpref.config.model_schema import OptimConfig
 from nemo_selfpref.config.schema import Precision
 from nemo_selfpref.data.batching import collate
@@ -316,7 +317,7 @@ def test_an_average_is_saved_and_read_bit_for_bit(
     scale(policy, 1.01)
     weights.average(alpha=0.3)
     saved = {name: t.clone() for name, t in tensors_of(weights, EMA).items()}
-    save_state(tmp_path, weights.sharded_state_dict(EMA), torch.device("cpu"))
+    save_state(tmp_path, weights.sharded_state_dict(EMA))
     assert_same(tensors_of(weights, EMA), saved)  # saving consumes the state dict, not the copy
 
     other = in_precision(make_policy(path), precision, path)
@@ -336,8 +337,8 @@ def test_a_copy_is_stored_as_the_policy_is(
     policy = make_policy(request.getfixturevalue(folder))
     weights = WeightSets(policy)
     weights.take(LAGGED, POLICY)
-    save_state(tmp_path / "policy", policy.sharded_state_dict(), torch.device("cpu"))
-    save_state(tmp_path / "copy", weights.sharded_state_dict(LAGGED), torch.device("cpu"))
+    save_state(tmp_path / "policy", policy.sharded_state_dict())
+    save_state(tmp_path / "copy", weights.sharded_state_dict(LAGGED))
     ours, theirs = ShardReader(tmp_path / "copy"), ShardReader(tmp_path / "policy")
     assert ours.names() == theirs.names()
     assert ("output_layer.weight" in ours.names()) is (folder == "llama_folder")
@@ -352,7 +353,7 @@ def test_a_copy_held_before_is_overwritten(policy: Policy, tmp_path: Path) -> No
     weights = WeightSets(policy)
     weights.take(FROZEN, POLICY)
     first = snapshot(policy)
-    save_state(tmp_path, weights.sharded_state_dict(FROZEN), torch.device("cpu"))
+    save_state(tmp_path, weights.sharded_state_dict(FROZEN))
     scale(policy, 1.5)
     weights.take(FROZEN, POLICY)
     weights.fill(FROZEN, lambda state: load_state(ShardReader(tmp_path), state), version=0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saving import save_into
 from tiny import MakePolicy, in_precision
 
 from nemo_selfpref.algorithms.base import Averaging, Reference
@@ -126,7 +127,7 @@ def test_a_stage_goes_on_where_it_was_saved(
     straight = copies_of(make_policy(llama_folder), mode)
     straight.begin(keep_reference=True)
     take_steps(straight, 1, cut)
-    straight.save(tmp_path)
+    save_into(tmp_path, straight.save)
     want = take_steps(straight, cut + 1, 7)
 
     resumed = copies_of(make_policy(llama_folder), mode)
@@ -154,7 +155,7 @@ def test_a_saved_average_keeps_its_float32(
         copies.after_step(done)
     # 1/4, 3/16 + 2/4, 33/64 + 3/4, 243/256 + 1: 499 needs 9 bits, bf16 has 8.
     assert averages(copies) == {499 / 256}
-    copies.save(tmp_path)
+    save_into(tmp_path, copies.save)
     resumed = averaging()
     resumed.load(tmp_path)
     assert averages(resumed) == {499 / 256}
@@ -163,8 +164,8 @@ def test_a_saved_average_keeps_its_float32(
 def test_nothing_held_is_nothing_saved(policy: Policy, tmp_path: Path) -> None:
     copies = copies_of(policy, RefMode.frozen, averaging=None)
     copies.weights.take(FROZEN, POLICY)
-    copies.save(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    save_into(tmp_path, copies.save)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     copies.load(tmp_path)
     assert copies.weights.held() == [FROZEN]
 
@@ -172,7 +173,7 @@ def test_nothing_held_is_nothing_saved(policy: Policy, tmp_path: Path) -> None:
 def test_what_is_saved_where(policy: Policy, tmp_path: Path) -> None:
     copies = copies_of(policy, RefMode.ema)
     copies.begin(keep_reference=True)
-    copies.save(tmp_path)
+    save_into(tmp_path, copies.save)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("*/*")) == [
         "copies/ema",
         "copies/lagged",
@@ -183,7 +184,7 @@ def test_what_is_saved_where(policy: Policy, tmp_path: Path) -> None:
 def test_a_damaged_copy_is_refused(policy: Policy, tmp_path: Path) -> None:
     copies = copies_of(policy, RefMode.last, averaging=None)
     copies.begin(keep_reference=True)
-    copies.save(tmp_path)
+    save_into(tmp_path, copies.save)
     path = tmp_path / "copies" / "lagged" / "shard-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=r"lagged/shard-00000\.safetensors is damaged"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from saving import save_into
 from tiny import MakePolicy
 
 from nemo_selfpref.config.model_schema import Fp8Fallback, ModelConfig
@@ -149,10 +150,10 @@ def test_large_noise_can_stop_the_run(policy: Policy) -> None:
 def test_a_resumed_run_stays_out_of_fp8(policy: Policy, tmp_path: Path) -> None:
     rounded = Rounded(policy, 1e4)
     steps = guarded(rounded, [])
-    steps.save(tmp_path)
+    save_into(tmp_path, steps.save)
     assert read_json(tmp_path / "fp8.json") == {"in_fp8": True}
     drive(steps)
-    steps.save(tmp_path)
+    save_into(tmp_path, steps.save)
     again = Rounded(policy, 1e4)
     guarded(again, []).load(tmp_path)
     assert not again.in_fp8

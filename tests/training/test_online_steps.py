@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from saving import save_into
 from tiny import MakePolicy, scale
 
 from nemo_selfpref.algorithms.base import Averaging, PairMaker, Reference, Rollouts
@@ -234,7 +235,7 @@ def test_a_stage_goes_on_where_it_was_saved(
         stage.steps.step(number)
         scale(stage.policy)
         stage.steps.after_step(number + 1)
-    stage.steps.save(tmp_path / "step-2")
+    save_into(tmp_path / "step-2", stage.steps.save)
     want = stage.steps.step(2)
 
     policy = make_policy(llama_folder)
@@ -275,6 +276,6 @@ def test_a_maker_that_keeps_nothing(
         stage.steps.begin()
         nothing = {"rollout/generated_tokens": 0.0, "rollout/cached_tokens": 0.0}
         assert stage.steps.step(0).metrics == nothing
-        stage.steps.save(tmp_path / "step-1")
+        save_into(tmp_path / "step-1", stage.steps.save)
         stage.steps.load(tmp_path / "step-1")
     assert stage.steps.generated_tokens == 0 and stage.steps.reports == {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from saving import save_into
 from tiny import in_precision, save_llama, scale
 from torch import Tensor
 
@@ -377,7 +378,7 @@ def test_a_resumed_stage(make_stage: MakeStage, tmp_path: Path) -> None:
         whole.append(stage.live(done - 1)[0])
         stage.train(done)
         if done == 1:
-            stage.steps.save(tmp_path / "checkpoint")
+            save_into(tmp_path / "checkpoint", stage.steps.save)
     stage.passes.flush()
     for root, asked in ((tmp_path / "cache", []), (None, [6, 6])):
         resumed = make_stage(root, mode=RefMode.policy, every=2)
@@ -394,7 +395,7 @@ def test_a_checkpoint_has_the_entries_on_disk(make_stage: MakeStage, tmp_path: P
     stage.steps.begin()
     stage.live(0)
     assert segments(tmp_path) == []
-    stage.steps.save(tmp_path / "checkpoint")
+    save_into(tmp_path / "checkpoint", stage.steps.save)
     assert len(segments(tmp_path)) == 1
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from saving import save_into
 from tiny import scale
 
 from nemo_selfpref.algorithms.base import Averaging, Reference
@@ -263,7 +264,7 @@ def test_copies_are_saved_and_read_with_the_steps(
     for done in (1, 2):
         scale(policy)
         stage.steps.after_step(done)
-    stage.steps.save(tmp_path)
+    save_into(tmp_path, stage.steps.save)
     want = given(stage.steps, 0)
     again = Stage(policy, mode, DPO)
     again.steps.load(tmp_path)

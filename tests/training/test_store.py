@@ -120,6 +120,7 @@ def without(folder: Path, name: str) -> None:
     group, key = name.rsplit(".", 1)
     del OmegaConf.select(saved, group)[key]
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(saved))
+    (folder / "inputs.json").unlink()
 
 
 @pytest.mark.parametrize("name", ["model.fp8_recipe", "model.optim.alpha", "algorithm.beta"])
