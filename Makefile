@@ -22,7 +22,7 @@ ROLLOUT_STAMP := $(ROLLOUT_VENV)/.ready
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help setup rollout-env demo test test-slow test-long gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
+.PHONY: help setup rollout-env demo test test-slow test-faults test-long gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -60,6 +60,11 @@ test: setup rollout-env
 
 test-slow: setup rollout-env
 	$(BIN)/python -m pytest -m "slow and not long"
+	$(BIN)/python -O -m pytest -m "not slow" tests/security
+
+# Kills, crash points, damage, hung ranks, full disks, requests to stop: half an hour.
+test-faults: setup rollout-env
+	$(BIN)/python -m pytest tests/faults
 
 test-long: setup rollout-env
 	$(BIN)/python -m pytest -m long

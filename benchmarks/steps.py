@@ -1,4 +1,4 @@
-"""What a step costs: losses against SFT, packing, shared prompts, EMA, segments, reference cache.
+"""What a step costs: losses against SFT, packing, shared prompts, EMA, segments, cache, saving.
 
     make bench-steps PAIRS=pairs.jsonl
     python benchmarks/steps.py --pairs pairs.jsonl --only objectives packing
@@ -22,13 +22,15 @@ import torch
 from common import BenchmarkError, machine, versions
 from material import ModelSize
 from steps_kit import Bench, Part, prepare
-from steps_parts import PARTS
+from steps_parts import PARTS as STEP_PARTS
+from steps_saving import saving
 
 from nemo_selfpref.errors import SelfPrefError
 from nemo_selfpref.files import write_json
 from nemo_selfpref.megatron import parallel
 from nemo_selfpref.monitor.console import Console
 
+PARTS = {**STEP_PARTS, "saving": saving}
 _PACKAGES = ["nemo-selfpref", "torch", "transformers", "megatron-core"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemo_selfpref import __version__
 from nemo_selfpref.errors import SelfPrefError
+from nemo_selfpref.redact import redact
 
 _EPILOG = """\
 examples:
@@ -342,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.act(args)
     except SelfPrefError as error:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
-        sys.stderr.write(f"selfpref{rank}: {error}\n")
+        sys.stderr.write(f"selfpref{rank}: {redact(str(error))}\n")
         return error.exit_status
     finally:
         _leave_process_group()

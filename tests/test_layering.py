@@ -16,7 +16,7 @@ ROOT = Path(nemo_selfpref.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "types", "files"},
+    {"errors", "types", "files", "redact"},
     {"monitor"},
     {"config"},
     {"data"},

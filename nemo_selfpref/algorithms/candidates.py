@@ -4,8 +4,9 @@ choose among samples of their own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nemo_selfpref.algorithms.base import Rollouts, check_positive
 from nemo_selfpref.algorithms.judge import Judge, JudgeConfig, Question
@@ -24,11 +25,20 @@ from nemo_selfpref.types import (
 
 @dataclass(frozen=True)
 class Candidates:
-    """Answers to one prompt; `scores` are P(answer beats the blank answer), empty if not asked."""
+    """Answers to one prompt; `scores` are P(answer beats the blank answer), empty if not asked;
+    `judge` names the weights that gave them."""
 
     row: Demonstration
     answers: tuple[Completion, ...]
     scores: tuple[float, ...] = ()
+    judge: WeightSet | None = None
+
+    def facts(self, best: int, worst: int) -> dict[str, Any]:
+        """The scores of two of the answers, for a pair's provenance."""
+        if not self.scores:
+            return {}
+        scores = {"scores": [self.scores[best], self.scores[worst]]}
+        return scores if self.judge is None else {**scores, "scored_by": self.judge.value}
 
 
 def check_samples(num: int, fewest: int = 2, name: str = "num_samples") -> None:
@@ -40,6 +50,12 @@ def check_samples(num: int, fewest: int = 2, name: str = "num_samples") -> None:
 def check_reward_beta(reward_beta: float) -> None:
     if reward_beta < 0:
         raise ConfigError(f"algorithm.reward_beta={reward_beta}: expected 0 or more")
+
+
+def sampled_by(rollouts: Rollouts, **facts: Any) -> dict[str, Any]:
+    """Which engine answers, and further facts, for a pair's provenance. Which weights did is told
+    with each answer."""
+    return {"engine": rollouts.cfg.rollout.engine.value, **facts}
 
 
 def sample_candidates(
@@ -79,7 +95,7 @@ def score_candidates(
         if len(known) < len(scores):
             report.drop("judge_prompt_too_long", group.row.source)
             continue
-        scored.append(Candidates(group.row, group.answers, known))
+        scored.append(Candidates(group.row, group.answers, known, weights))
     report.kept = len(scored)
     rollouts.note("judged prompts", report)
     return scored
@@ -90,9 +106,12 @@ def pairs_of(
     picked: Sequence[tuple[Candidates, tuple[int, int] | None]],
     suffix: str = "",
     drop_truncated_chosen: bool = True,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[PreferencePair]:
     """Pairs of the answers numbered (chosen, rejected) in each group; those no use to a loss are
-    left out and counted, and so is a group with None, whose scores tell nothing apart."""
+    left out and counted, and so is a group with None, whose scores tell nothing apart. `facts`
+    join every pair's provenance."""
+    known = {**sampled_by(rollouts), **(facts or {})}
     limits = PairLimits(rollouts.cfg.data.max_length, drop_truncated_chosen)
     report, pairs = DropReport(), []
     for group, numbers in picked:
@@ -105,9 +124,9 @@ def pairs_of(
         if fault is not None:
             report.drop(fault, group.row.source)
             continue
-        facts = {"scores": [group.scores[best], group.scores[worst]]} if group.scores else {}
         name = f"{group.row.id}/{best}-{worst}{suffix}"
-        pairs.append(make_pair(name, group.row, chosen, rejected, facts))
+        own = {**known, **group.facts(best, worst)}
+        pairs.append(make_pair(name, group.row, chosen, rejected, own))
     report.kept = len(pairs)
     rollouts.note("pairs", report)
     return pairs
@@ -119,7 +138,8 @@ def rejection_sampled(group: Candidates, num: int, reward_beta: float, seed: int
     rewards = [_log_odds(score) for score in group.scores]
     kept = sorted(rejection_sample(rewards, num, reward_beta, seed), key=lambda i: -rewards[i])
     answers = tuple(group.answers[i] for i in kept)
-    return Candidates(group.row, answers, tuple(group.scores[i] for i in kept))
+    scores = tuple(group.scores[i] for i in kept)
+    return Candidates(group.row, answers, scores, group.judge)
 
 
 def _log_odds(p: float) -> float:

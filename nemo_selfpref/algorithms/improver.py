@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_selfpref.algorithms.base import (
     RunContext,
@@ -16,7 +18,7 @@ from nemo_selfpref.config.model_schema import OptimConfig
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.data.templates import PromptTemplate
 from nemo_selfpref.objectives.objective import SFTObjective
-from nemo_selfpref.pairing.filters import iqr_keep
+from nemo_selfpref.pairing.filters import iqr_bounds, iqr_keep
 from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest
 from nemo_selfpref.types import Completion, Demonstration, DropReport, TokenIds
 
@@ -74,6 +76,32 @@ def _render(
     return template.render(**{slot: values[slot] for slot in template.slots})
 
 
+class Filtered:
+    """What the filter on perplexity found of each row's targets."""
+
+    def __init__(self) -> None:
+        self._of_row: dict[str, dict[str, Any]] = {}
+
+    def join(self, kind: str, ids: Sequence[str], perplexities: Sequence[float]) -> list[bool]:
+        """Filter the targets of one kind, and remember them by row; which ones are kept."""
+        bounds = [_finite(bound) for bound in iqr_bounds(perplexities)]
+        keep = iqr_keep(perplexities)
+        for id, value, kept in zip(ids, perplexities, keep, strict=True):
+            facts = {"perplexity": _finite(value), "bounds": bounds, "kept": kept}
+            self._of_row.setdefault(id, {})[kind] = facts
+        return keep
+
+    def facts(self, row: Demonstration) -> dict[str, Any]:
+        """For the provenance of the row's pair: by kind of target its perplexity, the filter's
+        bounds, and whether it was kept. Infinities are None."""
+        found = self._of_row.get(row.id)
+        return {} if found is None else {"targets": found}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def improver_rows(
     run: RunContext,
     rows: Sequence[Demonstration],
@@ -81,12 +109,13 @@ def improver_rows(
     answers: Mapping[str, str],
     template_name: str,
     kinds: Sequence[str] = KINDS,
-) -> list[Demonstration]:
+) -> tuple[list[Demonstration], Filtered]:
     """SFT rows -log pi(target | x, draft; p_imp): improved drafts and fresh answers, each set
     filtered on its own by the interquartile range of its perplexity under the starting policy
-    (SGPO, section 3.1.2). The reference is shown only by a template with a slot for it."""
+    (SGPO, section 3.1.2). The reference is shown only by a template with a slot for it. Also what
+    the filter found."""
     template = run.template(template_name, _ALWAYS, _REFERENCE)
-    kept = []
+    kept, filtered = [], Filtered()
     for kind in kinds:
         report = DropReport()
         made = []
@@ -102,7 +131,8 @@ def improver_rows(
                 continue
             made.append((row, prompt, response, target))
         plain = [(row.prompt_ids, response) for row, _, response, _ in made]
-        keep = iqr_keep(run.perplexities(f"perplexity-{kind}", plain))
+        perplexities = run.perplexities(f"perplexity-{kind}", plain)
+        keep = filtered.join(kind, [row.id for row, *_ in made], perplexities)
         for (row, prompt, response, target), ok in zip(made, keep, strict=True):
             if not ok:
                 report.drop("perplexity_outlier", row.source)
@@ -111,7 +141,7 @@ def improver_rows(
             kept.append(Demonstration(name, row.messages, prompt, response, target, row.source))
             report.kept += 1
         run.note(f"targets ({kind})", report)
-    return kept
+    return kept, filtered
 
 
 def teach_improving(
@@ -122,15 +152,17 @@ def teach_improving(
     target_prompt: str,
     improve_prompt: str,
     kinds: Sequence[str] = KINDS,
-) -> None:
-    """Step 1 of SGPO: drafts, an external model's targets for them, and SFT on those."""
+) -> Filtered:
+    """Step 1 of SGPO: drafts, an external model's targets for them, and SFT on those. Returns what
+    the filter found of the targets."""
     rows = demos[: config.num_prompts]
     drafts = run.sample("draft", [(d.id, d.prompt_ids) for d in rows])
     questions = target_requests(run, rows, drafts, target_prompt, kinds)
     answers = run.ask("targets", teacher, questions)
-    lessons = improver_rows(run, rows, drafts, answers, improve_prompt, kinds)
+    lessons, filtered = improver_rows(run, rows, drafts, answers, improve_prompt, kinds)
     settings = TrainSettings(config.max_epochs, config.global_batch_size, config.optim)
     run.train("improver", lessons, SFTObjective(), settings)
+    return filtered
 
 
 def refinement_prompts(

@@ -105,6 +105,14 @@ def find_labels(tokenizer: ChatTokenizer, opening: str) -> Labels:
     return Labels(a[:same], a[same], b[same])
 
 
+class Verdict(NamedTuple):
+    """P(first beats second): both orders joined, and as read off each (the first answer is A, then
+    B)."""
+
+    strength: float
+    orders: tuple[float, float]
+
+
 class Judge:
     """Asks for verdicts through `rollouts` and logs how far they can be trusted."""
 
@@ -129,6 +137,17 @@ class Judge:
         weights: WeightSet,
         metrics: str = "judge",
     ) -> list[float | None]:
+        """The strength of each of `verdicts`."""
+        found = self.verdicts(name, questions, weights, metrics)
+        return [None if verdict is None else verdict.strength for verdict in found]
+
+    def verdicts(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        weights: WeightSet,
+        metrics: str = "judge",
+    ) -> list[Verdict | None]:
         """P(first beats second) of each question, over both orders; None where a prompt is too
         long for the model. How far the verdicts can be trusted is logged under `metrics`."""
         prompts = [(self.prompt(*q), self.prompt(q.row, q.second, q.first)) for q in questions]
@@ -137,19 +156,20 @@ class Judge:
         labels = (self.labels.a, self.labels.b)
         scores = self.rollouts.label_scores(name, flat, labels, weights=weights)
         verdicts = list(zip(scores[::2], scores[1::2], strict=True))
-        found = [self._strength(*verdict) for verdict in verdicts]
+        found = [self._verdict(*verdict) for verdict in verdicts]
         if verdicts:
-            shares = reliability(verdicts, found)
+            shares = reliability(verdicts, [verdict.strength for verdict in found])
             self.rollouts.log({f"{metrics}/{share}": value for share, value in shares.items()})
         answers = iter(found)
         return [next(answers) if ok else None for ok in asked]
 
-    def _strength(self, forward: LabelScores, backward: LabelScores) -> float:
+    def _verdict(self, forward: LabelScores, backward: LabelScores) -> Verdict:
         values = (*forward.logprobs, *backward.logprobs)
         if not all(math.isfinite(v) for v in values):
             raise RolloutError(f"the judge's label log-probs are {values}: expected finite numbers")
         a, b = forward.logprobs, backward.logprobs
-        return strength_of_orders((a[0], a[1]), (b[0], b[1]), self.config.average)
+        strength = strength_of_orders((a[0], a[1]), (b[0], b[1]), self.config.average)
+        return Verdict(strength, (_share_of_a(forward), 1.0 - _share_of_a(backward)))
 
 
 def reliability(

@@ -14,6 +14,7 @@ from nemo_selfpref.algorithms.candidates import (
     pairs_of,
     rejection_sampled,
     sample_candidates,
+    sampled_by,
     score_candidates,
 )
 from nemo_selfpref.algorithms.judge import Judge, JudgeConfig, Question
@@ -116,12 +117,12 @@ class JudgedPairs(PairMaker):
             groups = score_candidates(rollouts, c.judge, groups, WeightSet.FROZEN)
         if c.sampling is Sampling.rso:
             groups = [self._thinned(step, rollouts, group) for group in groups]
-        suffix = f"@{step}"
         if c.pairing is Pairing.spin:
-            pairs = _over_samples(rollouts, groups, suffix)
+            pairs = _over_samples(rollouts, groups, step)
         else:
             picked = [(g, pair) for g in groups for pair in self._numbers(step, rollouts, g)]
-            pairs = pairs_of(rollouts, picked, suffix, c.drop_truncated_chosen)
+            kept, facts = c.drop_truncated_chosen, {"step": step}
+            pairs = pairs_of(rollouts, picked, f"@{step}", kept, facts)
         if not self.soft:
             return pairs
         if c.target is Target.difference:
@@ -151,12 +152,13 @@ class JudgedPairs(PairMaker):
 
 
 def _over_samples(
-    rollouts: Rollouts, groups: Sequence[Candidates], suffix: str
+    rollouts: Rollouts, groups: Sequence[Candidates], step: int
 ) -> list[PreferencePair]:
     rows = [group.row for group in groups for _ in group.answers]
     answers = [answer for group in groups for answer in group.answers]
     limits = PairLimits(rollouts.cfg.data.max_length)
-    pairs, report = target_over_sample(rows, answers, limits, suffix)
+    known = sampled_by(rollouts, step=step)
+    pairs, report = target_over_sample(rows, answers, limits, f"@{step}", lambda _: known)
     rollouts.note("pairs", report)
     return pairs
 
@@ -171,20 +173,23 @@ def with_strength(
     rows: Sequence[Demonstration | PreferencePair],
     pairs: Sequence[PreferencePair],
 ) -> list[PreferencePair]:
-    """The pairs with the judge's P(chosen beats rejected), which may lie below 1/2; a pair too
-    long to judge is left out and counted."""
+    """The pairs with the judge's P(chosen beats rejected), which may lie below 1/2, and in their
+    provenance that of each order; a pair too long to judge is left out and counted."""
     row_of = {row.prompt_ids: row for row in rows}
     decode = rollouts.tokenizer.decode
     questions = [
         Question(row_of[p.prompt_ids], decode(p.chosen_ids), decode(p.rejected_ids)) for p in pairs
     ]
-    found = Judge(rollouts, config).strengths("strengths", questions, WeightSet.FROZEN)
+    found = Judge(rollouts, config).verdicts("strengths", questions, WeightSet.FROZEN)
     report, judged = DropReport(), []
-    for pair, strength in zip(pairs, found, strict=True):
-        if strength is None:
+    for pair, verdict in zip(pairs, found, strict=True):
+        if verdict is None:
             report.drop("judge_prompt_too_long", str(pair.provenance.get("source", pair.id)))
             continue
-        judged.append(replace(pair, strength=strength))
+        orders, by = list(verdict.orders), WeightSet.FROZEN.value
+        facts = sampled_by(rollouts, orders=orders, weight_set=by)
+        provenance = {**pair.provenance, "judge": facts}
+        judged.append(replace(pair, strength=verdict.strength, provenance=provenance))
     report.kept = len(judged)
     rollouts.note("judged pairs", report)
     return judged

@@ -61,6 +61,7 @@ class SelfRewarding(Algorithm):
             groups = sample_candidates(run, rows, c.num_samples, name=f"answers-{t}")
             scored = score_candidates(run, c.judge, groups, WeightSet.POLICY, f"scores-{t}")
             picked = [(group, best_and_worst(group.scores)) for group in scored]
-            pairs = pairs_of(run, picked, f"@{t}", c.drop_truncated_chosen)
+            facts = {"iteration": t}
+            pairs = pairs_of(run, picked, f"@{t}", c.drop_truncated_chosen, facts)
             name = "policy" if t == c.iterations - 1 else f"policy-{t}"
             run.train(name, pairs, DPOObjective(c.beta), train_settings(c))

@@ -7,9 +7,11 @@ would learn to copy (section 3.1). The variants of section 4 switch off one choi
 """
 
 from functools import partial
+from typing import Any
 
 from nemo_selfpref.algorithms.base import Algorithm, RunContext, check_positive, register
-from nemo_selfpref.algorithms.improver import refinement_prompts, teach_improving
+from nemo_selfpref.algorithms.candidates import sampled_by
+from nemo_selfpref.algorithms.improver import Filtered, refinement_prompts, teach_improving
 from nemo_selfpref.algorithms.reference import ITERATED, check_reference, train_settings
 from nemo_selfpref.algorithms.sgpo_variants import VARIANTS, Choices, SGPOConfig, check_variant
 from nemo_selfpref.config.schema import RunConfig
@@ -40,17 +42,29 @@ class SGPO(Algorithm):
         c, choices, demos = self.config, VARIANTS[self.config.variant], run.demonstrations()
         prompt = c.improve_prompt or choices.improve_prompt
         teacher = partial(make_teacher, c.targets)
-        teach_improving(run, demos, c.improver, teacher, c.target_prompt, prompt, choices.kinds)
+        filtered = teach_improving(
+            run, demos, c.improver, teacher, c.target_prompt, prompt, choices.kinds
+        )
         for n in range(1 + c.extra_step2):
             suffix = f"-{n + 1}" if n else ""
-            pairs = self._pairs(run, demos, choices, suffix)
+            pairs = self._pairs(run, demos, choices, suffix, filtered)
             if choices.separate:
                 run.reset_policy()
             run.train(f"policy{suffix}", pairs, DPOObjective(c.beta), train_settings(c))
 
     def _pairs(
-        self, run: RunContext, demos: list[Demonstration], choices: Choices, suffix: str
+        self,
+        run: RunContext,
+        demos: list[Demonstration],
+        choices: Choices,
+        suffix: str,
+        filtered: Filtered,
     ) -> list[PreferencePair]:
+        known = sampled_by(run)
+
+        def facts(row: Demonstration) -> dict[str, Any]:
+            return {**known, **filtered.facts(row)}
+
         answerer = WeightSet.FROZEN if choices.separate else WeightSet.POLICY
         plain = [(d.id, d.prompt_ids) for d in demos]
         replies = run.sample(f"answer{suffix}", plain, weights=answerer)
@@ -59,8 +73,8 @@ class SGPO(Algorithm):
             template = self.config.refine_prompt or choices.refine_prompt
             prompts = refinement_prompts(run, demos, replies, template)
             improved = run.sample(f"improve{suffix}", prompts)
-            pairs, report = improved_over_draft(demos, replies, improved, limits)
+            pairs, report = improved_over_draft(demos, replies, improved, limits, facts)
         else:
-            pairs, report = target_over_sample(demos, replies, limits)
+            pairs, report = target_over_sample(demos, replies, limits, facts=facts)
         run.note(f"pairs{suffix}", report)
         return pairs

@@ -8,6 +8,7 @@ the data's own distribution: where the starting policy is better than the data, 
 from dataclasses import dataclass, field, replace
 
 from nemo_selfpref.algorithms.base import Algorithm, RunContext, check_positive, register
+from nemo_selfpref.algorithms.candidates import sampled_by
 from nemo_selfpref.algorithms.reference import (
     ITERATED,
     ReferenceConfig,
@@ -17,7 +18,7 @@ from nemo_selfpref.algorithms.reference import (
 from nemo_selfpref.config.schema import RefMode, RunConfig
 from nemo_selfpref.objectives.objective import DPOObjective
 from nemo_selfpref.pairing.builders import PairLimits, target_over_sample
-from nemo_selfpref.types import PreferencePair, WeightSet
+from nemo_selfpref.types import Demonstration, PreferencePair, WeightSet
 
 
 @dataclass
@@ -52,12 +53,9 @@ class SPIN(Algorithm):
 
     def run(self, run: RunContext) -> None:
         cfg, demos = self.config, run.demonstrations()
-        limits = PairLimits(run.cfg.data.max_length)
         previous: list[PreferencePair] = []
         for t in range(cfg.iterations):
-            samples = run.sample(f"answer-{t}", [(d.id, d.prompt_ids) for d in demos])
-            pairs, report = target_over_sample(demos, samples, limits, f"@{t}")
-            run.note(f"pairs {t}", report)
+            pairs = _pairs(run, demos, t)
             last = t == cfg.iterations - 1 and t > 0
             factor = cfg.lr_factors[min(t, len(cfg.lr_factors) - 1)]
             optim = replace(run.cfg.model.optim, lr=run.cfg.model.optim.lr * factor)
@@ -68,3 +66,11 @@ class SPIN(Algorithm):
                 replace(train_settings(cfg), optim=optim),
             )
             previous = pairs if cfg.keep_previous else []
+
+
+def _pairs(run: RunContext, demos: list[Demonstration], iteration: int) -> list[PreferencePair]:
+    samples = run.sample(f"answer-{iteration}", [(d.id, d.prompt_ids) for d in demos])
+    limits, known = PairLimits(run.cfg.data.max_length), sampled_by(run, iteration=iteration)
+    pairs, report = target_over_sample(demos, samples, limits, f"@{iteration}", lambda _: known)
+    run.note(f"pairs {iteration}", report)
+    return pairs

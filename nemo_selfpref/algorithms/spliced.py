@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_selfpref.algorithms.base import PairMaker, Rollouts
+from nemo_selfpref.algorithms.candidates import sampled_by
 from nemo_selfpref.pairing.builders import PairLimits, target_fault, target_pair
 from nemo_selfpref.pairing.replay import ReplayBuffer
 from nemo_selfpref.pairing.segments import Segment, plan_segment, splice
@@ -65,7 +66,7 @@ class SplicedPairs(PairMaker):
             if reason is not None:
                 report.drop(reason, row.source)
                 continue
-            facts = {"segment": [plan.start, plan.length], "step": step}
+            facts = sampled_by(rollouts, segment=[plan.start, plan.length], step=step)
             pairs.append(target_pair(sample.id, row, rejected, sample, facts))
         report.kept = len(pairs)
         rollouts.note("pairs", report)

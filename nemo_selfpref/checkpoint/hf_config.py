@@ -36,7 +36,7 @@ def read_architecture(folder: Path) -> ArchitectureConfig:
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: expected an object, got {type(config).__name__}")
     kind = config.get("model_type")
-    if kind not in _LEFT_OUT:
+    if not isinstance(kind, str) or kind not in _LEFT_OUT:
         raise CheckpointError(
             f"{where}: model_type is {kind!r}; the Llama family ('llama') and Mixtral ('mixtral') "
             "are supported"

@@ -164,6 +164,9 @@ class HuggingFaceSource:
         found = read_json(index)
         if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
             raise CheckpointError(f"{index} holds no weight_map: the folder is damaged")
+        for name in found["weight_map"].values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(f"{index} names the file {name!r}: expected one beside it")
         return found["weight_map"]
 
     @contextmanager

@@ -29,6 +29,10 @@ from nemo_selfpref.files import read_json, sha256_of, write_json
 
 INDEX = "index.json"
 COMMON = "common.json"
+_SCALARS = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float64, torch.int32, torch.int64, torch.bool)
+}
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float64)}
 
 
@@ -100,8 +104,13 @@ class ShardReader:
         self._parts: dict[str, list[dict[str, Any]]] = {}
         for entry in index["entries"]:
             self._parts.setdefault(entry["key"], []).append(entry)
+        self._files = frozenset(index["files"])
         self._unchecked: dict[str, str] = dict(index["files"]) if verify else {}
         for name in index["files"]:
+            if Path(name).name != name:
+                raise CheckpointError(
+                    f"{folder / INDEX} names the file {name!r}: not one of its own"
+                )
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name} is missing: the checkpoint is incomplete")
 
@@ -144,6 +153,8 @@ class ShardReader:
             target = tuple(
                 slice(low - o, high - o) for (low, high), o in zip(overlap, offset, strict=True)
             )
+            if entry["file"] not in self._files:
+                raise CheckpointError(f"{self.folder / INDEX} gives no sum for {entry['file']!r}")
             self._check(entry["file"])
             with safe_open(self.folder / entry["file"], framework="pt") as handle:
                 part = (
@@ -208,7 +219,7 @@ def encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"scalar", "dtype"}:
-            return torch.tensor(value["scalar"], dtype=getattr(torch, value["dtype"]))
+            return torch.tensor(value["scalar"], dtype=_SCALARS[value["dtype"]])
         # Megatron numbers the optimizers of a model with experts.
         return {int(k) if k.isdecimal() else k: _decode(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -216,8 +216,9 @@ def save_portable(tokenizer: Any, folder: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    # These say only how this process found its files.
-    for key in ("is_local", "local_files_only"):
+    # Two say only how this process found its files; the third names code that the folder it came
+    # from would have others import, and which is not here.
+    for key in ("is_local", "local_files_only", "auto_map"):
         settings.pop(key, None)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     config.write_text(text + "\n", encoding="utf-8")

@@ -36,11 +36,15 @@ def read_rows(path: str | Path) -> Iterator[RawRow]:
     Raises DataError, before the first row, for a path that is missing or of no known kind; and
     while reading for a file that is damaged or has no rows. A bad JSONL line becomes a BadRow.
     """
-    files = [(file, _reader(file)) for file in _files(Path(path))]
+    files = [(file, _reader(file)) for file in data_files(Path(path))]
     return (row for file, reader in files for row in _not_empty(file, reader))
 
 
-def _files(path: Path) -> list[Path]:
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or the data files of a folder in the order in which they are read.
+
+    Raises DataError for a path that is missing and for a folder without data files.
+    """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; expected {_expected()}")
     if not path.is_dir():
@@ -63,28 +67,64 @@ def _expected() -> str:
 
 def _not_empty(path: Path, reader: Callable[[Path], Iterator[RawRow]]) -> Iterator[RawRow]:
     empty = True
-    for row in reader(path):
-        empty = False
-        yield row
+    try:
+        for row in reader(path):
+            empty = False
+            yield row
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}; expected a readable file") from error
     if empty:
         raise DataError(f"{path}: the file has no rows; expected at least one")
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
     # Binary, because text mode and str.splitlines would also break a line at U+2028 or U+0085.
+    start = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                yield RawRow(_parse_line(line), f"{path}:{number}")
+            text = line.removeprefix(_BOM) if number == 1 else line
+            if text.strip():
+                yield RawRow(_parse_line(text, start + len(line) - len(text)), f"{path}:{number}")
+            start += len(line)
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes, start: int) -> Any:
+    """The line's value; `start` is the number of bytes before it."""
     try:
         return _parse_json(line)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"the line is not valid JSON; got {error}; expected one JSON object per line")
+        where = _where(line, start, error)
+        return BadRow(
+            f"the line is not valid JSON; got {error}{where}; expected one JSON object per line"
+        )
+
+
+def _where(line: bytes, start: int, error: Exception) -> str:
+    """What the bytes tell of how a line came to be damaged; all bytes are counted from 0."""
+    zeros = line.find(b"\0")
+    if zeros >= 0:
+        return (
+            f"; {line.count(0)} zero bytes from byte {start + zeros} of the file on: a part of it "
+            "was never written, and rows may be lost there"
+        )
+    if not line.endswith(b"\n") and _is_cut(line, error):
+        return (
+            f"; the file ends in the middle of this row, at byte {start + len(line)}: was it being "
+            "written, or cut off?"
+        )
+    if isinstance(error, UnicodeDecodeError):
+        return f" (byte {start + error.start} of the file)"
+    return ""
+
+
+def _is_cut(content: bytes, error: Exception) -> bool:
+    """Whether what is wrong is that something is missing at the end."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.reason == "unexpected end of data"
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    text = content.rstrip()
+    return not text.endswith((b"}", b"]")) or error.pos >= len(text.decode())
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
@@ -95,6 +135,8 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         document = _parse_json(content)
     except (ValueError, RecursionError) as error:
         hint = " (JSON Lines belong in a .jsonl file)" if "Extra data" in str(error) else ""
+        if _is_cut(content, error):
+            hint = f": the file ends in the middle of a row, at byte {len(content)}"
         raise DataError(f"{path}: not valid JSON; got {error}; expected an array{hint}") from error
     rows = document.get("data") if isinstance(document, dict) else document
     if not isinstance(rows, list):
@@ -142,13 +184,13 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from error
     try:
-        with pq.ParquetFile(path) as parquet:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             number = 0
             for batch in parquet.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRow(row, f"{path}[row {number}]")
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable Parquet file; got {error}") from error
 
 

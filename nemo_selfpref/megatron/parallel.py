@@ -19,7 +19,6 @@ from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.cpu_shim import device_scope
 from nemo_selfpref.megatron.platform import Platform
 
-
 _TIMEOUT_S = 1800.0
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,7 +33,7 @@ class Console:
     def __init__(self, enabled: bool = True, bars: bool = True) -> None:
         self.enabled, self.bars = enabled, bars
         width = None if sys.stdout.isatty() else 120
-        self._rich = RichConsole(file=sys.stdout, highlight=False, width=width)
+        self._rich = RichConsole(file=sys.stdout, highlight=False, emoji=False, width=width)
 
     def say(self, text: str) -> None:
         if self.enabled:
@@ -91,7 +92,7 @@ class Console:
         """A table; numbers are set to the right."""
         if not self.enabled:
             return
-        table = Table(title=title, title_justify="left")
+        table = Table(title=escape(title), title_justify="left")
         for index, column in enumerate(columns):
             numeric = all(isinstance(row[index], int | float) or row[index] == "" for row in rows)
             table.add_column(column, justify="right" if numeric and rows else "left")
@@ -117,7 +118,7 @@ class Console:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
 def summary_rows(summary: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

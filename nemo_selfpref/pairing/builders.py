@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,11 @@ from nemo_selfpref.types import (
     FinishReason,
     PreferencePair,
     TokenIds,
+    WeightSet,
 )
+
+FactsOf = Callable[[Demonstration], Mapping[str, Any]]
+"""What else is known of the pair of a row; it joins the pair's provenance."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ def improved_over_draft(
     drafts: Sequence[Completion],
     improved: Sequence[Completion],
     limits: PairLimits,
+    facts: FactsOf | None = None,
 ) -> tuple[list[PreferencePair], DropReport]:
     """Pairs (x, improved chosen, draft rejected), conditioned on the plain prompt (SGPO, eq. 5).
 
@@ -46,7 +51,7 @@ def improved_over_draft(
         if reason is not None:
             report.drop(reason, demo.source)
             continue
-        pairs.append(make_pair(demo.id, demo, better, draft))
+        pairs.append(make_pair(demo.id, demo, better, draft, facts and facts(demo)))
     report.kept = len(pairs)
     return pairs, report
 
@@ -56,6 +61,7 @@ def target_over_sample(
     samples: Sequence[Completion],
     limits: PairLimits,
     suffix: str = "",
+    facts: FactsOf | None = None,
 ) -> tuple[list[PreferencePair], DropReport]:
     """Pairs (x, the row's own answer chosen, a sample rejected), named by the sample (SPIN,
     section 4)."""
@@ -66,7 +72,8 @@ def target_over_sample(
         if reason is not None:
             report.drop(reason, demo.source)
             continue
-        pairs.append(target_pair(f"{sample.id}{suffix}", demo, sample.token_ids, sample))
+        name, known = f"{sample.id}{suffix}", facts and facts(demo)
+        pairs.append(target_pair(name, demo, sample.token_ids, sample, known))
     report.kept = len(pairs)
     return pairs, report
 
@@ -79,14 +86,12 @@ def target_pair(
     facts: Mapping[str, Any] | None = None,
 ) -> PreferencePair:
     """The row's own answer over `rejected`, which came out of `sample`."""
-    origin = {"source": demo.source, "weight_version": sample.weight_version}
-    provenance = {**origin, "chosen": "data", "rejected": _origin(sample), **(facts or {})}
     return PreferencePair(
         id=name,
         prompt_ids=demo.prompt_ids,
         chosen_ids=demo.response_ids,
         rejected_ids=rejected,
-        provenance=provenance,
+        provenance=_provenance(demo, sample, "data", _origin(sample), facts),
     )
 
 
@@ -107,19 +112,12 @@ def make_pair(
     facts: Mapping[str, Any] | None = None,
 ) -> PreferencePair:
     """A pair of two completions, with where they come from."""
-    provenance = {
-        "source": demo.source,
-        "weight_version": chosen.weight_version,
-        "chosen": _origin(chosen),
-        "rejected": _origin(rejected),
-        **(facts or {}),
-    }
     return PreferencePair(
         id=name,
         prompt_ids=demo.prompt_ids,
         chosen_ids=chosen.token_ids,
         rejected_ids=rejected.token_ids,
-        provenance=provenance,
+        provenance=_provenance(demo, chosen, _origin(chosen), _origin(rejected), facts),
     )
 
 
@@ -137,6 +135,22 @@ def pair_fault(
     if chosen.finish_reason is FinishReason.STOP and len(chosen.token_ids) == 1:
         return "empty_response"
     return None
+
+
+def _provenance(
+    demo: Demonstration,
+    sample: Completion,
+    chosen: Mapping[str, Any] | str,
+    rejected: Mapping[str, Any],
+    facts: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Row and prompt, each answer's origin, and the weights that made `sample`; `ema_step` where
+    those are the moving average: the optimizer steps it had seen."""
+    made: dict[str, Any] = {"weight_version": sample.weight_version}
+    if sample.weight_set is WeightSet.EMA:
+        made["ema_step"] = sample.weight_version
+    origin = {"source": demo.source, "prompt": demo.id, **made}
+    return {**origin, "chosen": chosen, "rejected": rejected, **(facts or {})}
 
 
 def _origin(completion: Completion) -> Mapping[str, Any]:

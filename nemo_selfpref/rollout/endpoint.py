@@ -23,6 +23,7 @@ import httpx
 import tenacity
 
 from nemo_selfpref.errors import RolloutError
+from nemo_selfpref.redact import redact
 from nemo_selfpref.rollout.answer_cache import AnswerCache, clean
 from nemo_selfpref.rollout.endpoint_config import (
     EndpointConfig,
@@ -230,7 +231,7 @@ class EndpointTeacher:
 
     def _safe(self, text: str) -> str:
         # Hidden before it is cut, so that no half of a key is left at the end.
-        return (text.replace(self._key, "[API key]") if self._key else text)[:400]
+        return redact(text.replace(self._key, "[API key]") if self._key else text)[:400]
 
 
 class _Transient(Exception):

@@ -94,6 +94,12 @@ def api_key(variable: str | None) -> str:
     """
     if variable is None:
         return ""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        # Not shown: it may be the key itself.
+        raise ConfigError(
+            "api_key_env is no name of an environment variable; put the key into a variable and "
+            "give its name, as in api_key_env=OPENAI_API_KEY"
+        )
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ConfigError(f"api_key_env: the environment variable {variable} is not set; export it")

@@ -23,6 +23,7 @@ from nemo_selfpref.errors import ConfigError, RolloutError, SelfPrefError
 from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.monitor.console import Console
+from nemo_selfpref.monitor.heartbeat import phase
 from nemo_selfpref.rollout.engine import FOREVER, Until
 from nemo_selfpref.rollout.serving.auth import make_token, read_token
 from nemo_selfpref.rollout.serving.fleet import Fleet, FleetSettings, RemoteMember
@@ -357,6 +358,14 @@ class RolloutService:
 
     def share(self, future: Future[Any] | None) -> Any:
         """See RolloutAccess.share."""
+        # Whatever is waited for has a deadline of its own; each question asked is a tick.
+        rollout = self.cfg.rollout
+        deadlines = (rollout.vllm.start_timeout_s, rollout.timeout_s)
+        longest = max(deadlines) + rollout.vllm.sync_timeout_s
+        with phase("waiting for the rollout engines", longest):
+            return self._share(future)
+
+    def _share(self, future: Future[Any] | None) -> Any:
         group, device = world_group(), self.policy.platform.device()
         while True:
             state: dict[str, Any] = {}

@@ -49,7 +49,8 @@ class Stages:
 
     def note(self, stage: str, report: DropReport) -> None:
         """List rows kept and dropped."""
-        self.summary.append({"stage": stage, "kept": report.kept, "dropped": dict(report.dropped)})
+        counted = {"kept": report.kept, "dropped": dict(report.dropped)}
+        self.summary.append({"stage": stage, **counted, "examples": dict(report.examples)})
         self.console.rows(stage, report)
 
     def log(self, metrics: Mapping[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_selfpref.algorithms.base import algorithms
-from nemo_selfpref.config.schema import RunConfig
+from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.errors import CheckpointError, ConfigError
-from nemo_selfpref.files import fsync_path, read_json, write_json, write_text
+from nemo_selfpref.files import fsync_path, write_text
+from nemo_selfpref.training.same_inputs import check_record, read_record, write_record
+from nemo_selfpref.training.same_settings import check_same, read_settings
+from nemo_selfpref.training.stage_files import check_stages, done_facts, is_done, mark_done
+from nemo_selfpref.training.sums import read_tensors, with_sum
 from nemo_selfpref.types import (
     Completion,
     FinishReason,
@@ -30,47 +33,29 @@ from nemo_selfpref.types import (
     WeightSet,
 )
 
-_FREE_ON_RESUME = (
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.accelerator",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "exp_manager",
-    "export",
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.virtual_pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.expert_model_parallel_size",
-    "model.sequence_parallel",
-    "model.micro_batch_size",
-    "model.micro_batch_tokens",
-    "model.share_prompts",
-    "model.recompute_granularity",
-    "model.recompute_num_layers",
-    "model.copies_on_cpu",
-    "model.attention_backend",
-    "model.logprob_backend",
-    "model.logprob_chunk_size",
-    "model.reference_cache_dir",
-    "model.reference_cache_max_gb",
-    "rollout.batch_size",
-    "rollout.placement",
-    "rollout.vllm",
-    "rollout.timeout_s",
-    "rollout.max_staleness",
-    "rollout.stale_samples",
-    "rollout.check_samples",
-    "rollout.logprob_alarm",
-)
-"""Settings that change how a run computes but not what; a resumed run may change them."""
+__all__ = [
+    "RunFolder",
+    "completion_of",
+    "done_facts",
+    "is_done",
+    "mark_done",
+    "pair_of",
+    "read_completions",
+    "read_label_scores",
+    "read_pairs",
+    "read_tensors",
+    "write_completions",
+    "write_label_scores",
+    "write_pairs",
+    "write_tensors",
+]
 
 
 class RunFolder:
     """RUN/ on disk.
 
     config.yaml   the resolved settings
+    inputs.json   what the run was made from: sums of its files, versions
     stages/       one folder a stage, `done.json` when it is complete
     checkpoint/   final weights; hf/ their Hugging Face form; summary.json the closing table
     """
@@ -79,96 +64,46 @@ class RunFolder:
         self.path = path
         self._count = 0
 
-    def open(self, cfg: DictConfig, resume: bool) -> None:
+    def open(self, cfg: DictConfig, resume: bool) -> list[str]:
         """Create the folder, or continue in it. One rank of a run calls this.
 
+        Returns what is to be said of a run that goes on: another layout, other versions.
+
         Raises:
-            ConfigError: it exists and may not be continued, or was made with other settings.
+            ConfigError: it exists and may not be continued, or was made with other settings or out
+                of other files.
+            CheckpointError: files of the run itself are damaged or gone.
         """
         saved = self.path / "config.yaml"
-        if saved.exists():
-            if not resume:
-                raise ConfigError(
-                    f"{self.path} exists already. Choose another `name`, or continue that run with "
-                    "exp_manager.resume_if_exists=true."
-                )
-            _check_same(saved, cfg)
-        else:
-            write_text(saved, OmegaConf.to_yaml(cfg))
+        if not saved.exists():
+            self._make(saved, cfg)
+            return []
+        if not resume:
+            raise ConfigError(
+                f"{self.path} exists already. Choose another `name`, or continue that run with "
+                "exp_manager.resume_if_exists=true."
+            )
+        made = read_settings(saved)
+        record = read_record(self.path)
+        notes = check_same(saved, made, cfg)
+        notes += check_record(self.path, to_typed(cfg), record)
+        return notes + check_stages(self.path)
+
+    def _make(self, saved: Path, cfg: DictConfig) -> None:
+        if (self.path / "stages").exists():
+            raise CheckpointError(
+                f"{saved} is gone, and the stages beside it cannot be continued without the "
+                "settings they were made with. Give the file back, or give the run another `name`."
+            )
+        text = OmegaConf.to_yaml(cfg)
+        # The settings last: with them there, there is a run.
+        write_record(self.path, to_typed(cfg), hashlib.sha256(text.encode()).hexdigest())
+        write_text(saved, text)
 
     def stage(self, name: str) -> Path:
         """Folder of the next stage, numbered in order of first use."""
         self._count += 1
         return self.path / "stages" / f"{self._count:02d}-{name}"
-
-
-def _check_same(saved: Path, cfg: DictConfig) -> None:
-    before = _flat(OmegaConf.create(saved.read_text(encoding="utf-8")))
-    now = _flat(cfg)
-    # A setting that this run was made without is at its default if it is newer than the run.
-    defaults = _flat(_defaults_of(cfg))
-    newer = {key for key in now if key not in before and now[key] == defaults.get(key, ...)}
-    old = _lines(before)
-    new = _lines({key: value for key, value in now.items() if key not in newer})
-    if old == new:
-        return
-    changed = [
-        line
-        for line in difflib.unified_diff(old, new, lineterm="", n=0)
-        if line[:1] in "+-" and not line.startswith(("+++", "---"))
-    ]
-    raise ConfigError(
-        f"{saved.parent} was made with other settings:\n  "
-        + "\n  ".join(changed)
-        + "\nGive the run another `name`, or go back to the old settings."
-    )
-
-
-def _defaults_of(cfg: DictConfig) -> DictConfig:
-    """The defaults of the settings' dataclasses, for the same algorithm."""
-    config_class = algorithms()[cfg.algorithm.name].config_class
-    defaults = OmegaConf.structured(RunConfig)
-    OmegaConf.update(defaults, "name", cfg.name)
-    return OmegaConf.merge(
-        OmegaConf.create(OmegaConf.to_container(defaults, enum_to_str=True)),  # type: ignore[return-value]
-        {"algorithm": OmegaConf.to_container(OmegaConf.structured(config_class), enum_to_str=True)},
-    )
-
-
-def _flat(cfg: Any) -> dict[str, Any]:
-    """The settings that decide a run's result, by their full name."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), value)
-        else:
-            flat[prefix] = node
-
-    walk("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-    free = tuple(f"{name}." for name in _FREE_ON_RESUME)
-    return {
-        key: value
-        for key, value in flat.items()
-        if key not in _FREE_ON_RESUME and not key.startswith(free)
-    }
-
-
-def _lines(flat: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {value}" for key, value in sorted(flat.items())]
-
-
-def is_done(stage: Path) -> bool:
-    return (stage / "done.json").is_file()
-
-
-def mark_done(stage: Path, facts: Mapping[str, Any]) -> None:
-    write_json(stage / "done.json", dict(facts))
-
-
-def done_facts(stage: Path) -> dict[str, Any]:
-    return read_json(stage / "done.json")
 
 
 def write_completions(path: Path, completions: Sequence[Completion]) -> None:
@@ -241,9 +176,9 @@ def _optional_ids(ids: list[int] | None) -> TokenIds | None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Tensors as safetensors, atomically."""
+    """Tensors as safetensors with their sum, atomically; read_tensors reads them."""
     with _replacing(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata=with_sum(tensors))
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -171,9 +171,7 @@ def _train(cfg: DictConfig, typed: RunConfig, start: Start) -> Outcome:
     return Outcome(folder.path, checkpoint, hf)
 
 
-def _open_together(
-    folder: RunFolder, cfg: DictConfig, resume: bool, policy: Policy
-) -> list[str]:
+def _open_together(folder: RunFolder, cfg: DictConfig, resume: bool, policy: Policy) -> list[str]:
     """The first rank opens the folder; a refusal reaches every rank. What is to be said of it."""
     from nemo_selfpref.megatron.parallel import all_gather_json, world_group
 

@@ -49,5 +49,5 @@ def test_interrupted_online_stage_continues_bitwise(
     selfpref("train", "--config-name", "self_augmented_po", *arguments)
     assert metrics(run) == whole and pairs_of_steps(run) == pairs
     again = json.loads((run / STAGE / "done.json").read_text())
-    timings = {"seconds": 0, "rollout_wait_seconds": 0}
+    timings = {"seconds": 0, "rollout_wait_seconds": 0, "sum": ""}
     assert {**again, **timings} == {**done, **timings}

@@ -26,6 +26,7 @@ def test_provenance_names_both_answers() -> None:
     origin = {"id": "a", "finish_reason": "stop", "weight_set": "policy"}
     assert pair.provenance == {
         "source": "rows.jsonl:1",
+        "prompt": "a",
         "weight_version": 5,
         "chosen": {**origin, "weight_version": 5},
         "rejected": {**origin, "weight_version": 4},

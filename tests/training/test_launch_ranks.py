@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,11 @@ class Launch:
             [sys.executable, "-c", code, str(folder), way], env=environment
         )
 
+    def end(self) -> None:
+        """A test that fails leaves nothing behind: the ranks end with their launcher."""
+        self.process.kill()
+        self.process.wait()
+
     def rank(self, number: int) -> dict:
         path = self.folder / f"{number}.json"
         wait_for(path.exists)
@@ -68,6 +73,19 @@ class Launch:
 
     def pids(self) -> list[int]:
         return [self.rank(number)["pid"] for number in (0, 1)]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], Launch]]:
+    started: list[Launch] = []
+
+    def launch(way: str) -> Launch:
+        started.append(Launch(tmp_path, way))
+        return started[-1]
+
+    yield launch
+    for launched in started:
+        launched.end()
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -85,8 +103,8 @@ def gone(pid: int) -> bool:
     return state == "Z"
 
 
-def test_what_the_ranks_are_told(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, "end")
+def test_what_the_ranks_are_told(start: Callable[[str], Launch]) -> None:
+    launch = start("end")
     assert launch.process.wait(60) == 0
     told = [launch.rank(number)["environment"] for number in (0, 1)]
     assert [t["RANK"] for t in told] == [t["LOCAL_RANK"] for t in told] == ["0", "1"]
@@ -96,31 +114,33 @@ def test_what_the_ranks_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_are_passed_on_once(tmp_path: Path, number: signal.Signals) -> None:
-    launch = Launch(tmp_path, "wait")
+def test_signals_are_passed_on_once(
+    start: Callable[[str], Launch], tmp_path: Path, number: signal.Signals
+) -> None:
+    launch = start("wait")
     launch.pids()
     launch.process.send_signal(number)
     assert launch.process.wait(60) == 75
     assert [(tmp_path / f"{n}.got").read_text() for n in (0, 1)] == [number.name] * 2
 
 
-def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, "fail")
+def test_a_rank_that_fails_ends_the_others(start: Callable[[str], Launch]) -> None:
+    launch = start("fail")
     pids = launch.pids()
     assert launch.process.wait(60) == 7
     assert all(map(gone, pids))
 
 
-def test_a_rank_that_is_killed(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, "wait")
+def test_a_rank_that_is_killed(start: Callable[[str], Launch]) -> None:
+    launch = start("wait")
     pids = launch.pids()
     os.kill(pids[1], signal.SIGKILL)
     assert launch.process.wait(60) == 137
     assert all(map(gone, pids))
 
 
-def test_ranks_do_not_outlive_the_launcher(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, "wait")
+def test_ranks_do_not_outlive_the_launcher(start: Callable[[str], Launch]) -> None:
+    launch = start("wait")
     pids = launch.pids()
     launch.process.kill()
     launch.process.wait()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from nemo_selfpref import errors
 from nemo_selfpref.errors import RolloutError, RolloutRefused, RolloutTimeout
+from nemo_selfpref.redact import redact
 from nemo_selfpref.rollout.engine import Until
 from nemo_selfpref.rollout.serving.checked_engine import CheckedEngine
 from nemo_selfpref.rollout.serving.wire import (
@@ -33,6 +34,8 @@ SILENCE_S = 15.0
 _CALLERS_MISTAKES = (400, 413, 415, 422)
 """Not 401, 404 or 429: another server may well answer."""
 _JSON = {"Content-Type": "application/json"}
+_SHOWN = 300
+"""Characters of a reply that is no answer of ours."""
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -54,6 +57,7 @@ class ServerClient(CheckedEngine):
     ) -> None:
         super().__init__(url.rstrip("/"), expect)
         self.url = self.name
+        self._token = token
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
@@ -146,7 +150,7 @@ class ServerClient(CheckedEngine):
         try:
             return kind.model_validate_json(content)
         except ValidationError as error:
-            raise self._broken(str(error.errors()[0])) from error
+            raise self._broken(self._shown(str(error.errors()[0]))[:_SHOWN]) from None
 
     def _refusal(self, reply: httpx.Response) -> RolloutError:
         other = RolloutRefused if reply.status_code in _CALLERS_MISTAKES else RolloutError
@@ -154,7 +158,8 @@ class ServerClient(CheckedEngine):
             failure = Failure.model_validate(json.loads(reply.content)["error"])
             made = self._raised(failure, other)
         except (ValueError, KeyError, TypeError):
-            made = other(f"{self.url}: status {reply.status_code}: {reply.text[:300]}")
+            shown = self._shown(reply.text)[:_SHOWN]
+            made = other(f"{self.url}: status {reply.status_code}: {shown}")
         made.status = reply.status_code
         return made
 
@@ -163,4 +168,8 @@ class ServerClient(CheckedEngine):
         kind: Any = getattr(errors, failure.kind, None)
         if not (isinstance(kind, type) and issubclass(kind, RolloutError)):
             kind = other
-        return kind(f"{self.url}: {failure.message}")
+        return kind(f"{self.url}: {self._shown(failure.message)}")
+
+    def _shown(self, text: str) -> str:
+        """What a server says, which may be what it was told."""
+        return redact(text, [self._token])

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_selfpref.errors import RolloutError, RolloutTimeout
+from nemo_selfpref.redact import is_secret_name, redact
 from nemo_selfpref.rollout.engine import Until
 
 _POLL_S = 0.05
@@ -46,12 +47,15 @@ def engine_command(python: str, spec_path: Path) -> list[str]:
 
 
 def engine_environment(devices: str | None = None) -> dict[str, str]:
-    """This process's environment without what belongs to its own process group and packages;
-    `devices` becomes CUDA_VISIBLE_DEVICES."""
+    """This process's environment without what belongs to its own process group and packages, and
+    without keys and tokens, which an engine needs none of; `devices` becomes
+    CUDA_VISIBLE_DEVICES."""
     made = {
         name: value
         for name, value in os.environ.items()
-        if name not in _NOT_FOR_ENGINES and not name.startswith("TORCHELASTIC_")
+        if name not in _NOT_FOR_ENGINES
+        and not name.startswith("TORCHELASTIC_")
+        and not is_secret_name(name)
     }
     if devices is not None:
         made["CUDA_VISIBLE_DEVICES"] = devices
@@ -159,11 +163,11 @@ class ChildProcess:
         return f"the process {self.pid} ({' '.join(self.command[1:4])})"
 
     def tail(self) -> str:
-        """The end of the log."""
+        """The end of the log, without secrets that are in it."""
         try:
             with open(self.log, "rb") as handle:
                 handle.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-                return handle.read().decode(errors="replace").strip()
+                return redact(handle.read().decode(errors="replace")).strip()
         except OSError as error:
             return f"(it cannot be read: {error})"
 
