@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
-from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.training_state import save_weights
@@ -43,6 +42,7 @@ from nemo_selfpref.training.store import (
     is_done,
     read_completions,
     read_label_scores,
+    read_tensors,
     write_completions,
     write_label_scores,
     write_tensors,
@@ -276,7 +276,7 @@ class Run:
             if self.policy.layout.is_main:
                 write_tensors(path, {"sums": found.sums, "lengths": found.lengths})
             self.stages.finish(stage, {"stage": name, "answers": len(rows)}, listed=False)
-        saved = load_file(path)
+        saved = read_tensors(path)
         return [
             perplexity(total, length)
             for total, length in zip(saved["sums"].tolist(), saved["lengths"].tolist(), strict=True)

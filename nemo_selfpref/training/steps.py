@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from nemo_selfpref.algorithms.base import PairMaker
 from nemo_selfpref.checkpoint.snapshot import Snapshot
@@ -25,7 +24,7 @@ from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.making import Made, PairSource
 from nemo_selfpref.training.reference_cache import ReferenceCache
 from nemo_selfpref.training.rollout_check import RolloutCheck
-from nemo_selfpref.training.store import read_pairs, write_pairs, write_tensors
+from nemo_selfpref.training.store import read_pairs, read_tensors, write_pairs, write_tensors
 from nemo_selfpref.types import (
     DropReport,
     PreferencePair,
@@ -141,7 +140,7 @@ class FixedSteps:
             if self.passes.policy.layout.is_main:
                 write_tensors(path, tensors)
             barrier()
-        saved = load_file(path)
+        saved = read_tensors(path)
         self._once = {
             name: PassLogps(saved[f"{name}.chosen"], saved[f"{name}.rejected"])
             for name in self.scored_once

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from nemo_selfpref.training.store import RunFolder
 
 
+_COMPARE_S = 4 * 3600.0
+"""How long the first rank may read the data of a run that goes on; the others wait for it."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run left behind."""
@@ -126,7 +130,7 @@ def _watched(cfg: RunConfig) -> Iterator[None]:
 
 
 def _train(cfg: DictConfig, typed: RunConfig, start: Start) -> Outcome:
-    from nemo_selfpref.monitor.heartbeat import mark
+    from nemo_selfpref.monitor.heartbeat import mark, phase
     from nemo_selfpref.training.session import build_policy
 
     is_main = int(os.environ.get("RANK", "0")) == 0
@@ -145,7 +149,9 @@ def _train(cfg: DictConfig, typed: RunConfig, start: Start) -> Outcome:
         + (f", {trained:,} of them in adapters" if typed.model.lora.rank else "")
     )
     folder = RunFolder(Path(typed.exp_manager.exp_dir) / typed.exp_manager.name)
-    for note in _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy):
+    with phase("comparing the inputs with those of the run", _COMPARE_S):
+        notes = _open_together(folder, cfg, typed.exp_manager.resume_if_exists, policy)
+    for note in notes:
         console.say(note)
     algorithm = pick_algorithm(typed)
     with StopSignals() as signals:
