@@ -4,15 +4,17 @@ replay | methods | demo."""
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_selfpref import __version__
-from nemo_selfpref.errors import SelfPrefError
+from nemo_selfpref.errors import EXIT_REFUSED, SelfPrefError
 from nemo_selfpref.redact import redact
 
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _EPILOG = """\
 examples:
   selfpref demo                                    the whole loop on a small task, no model needed
@@ -345,6 +347,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         sys.stderr.write(f"selfpref{rank}: {redact(str(error))}\n")
         return error.exit_status
+    except OSError as error:
+        if error.errno not in _FULL_DISK:
+            raise
+        sys.stderr.write(f"selfpref: {error}: free some space or mend the disk, and run it again\n")
+        return EXIT_REFUSED
     finally:
         _leave_process_group()
 

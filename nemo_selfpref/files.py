@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_selfpref.errors import CheckpointError
+
+_HERE, _RENAME_EXCHANGE = -100, 2
+"""Linux's AT_FDCWD and the flag of renameat2."""
 
 
 def fsync_path(path: Path) -> None:
@@ -45,6 +49,44 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically with JSON."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, the whole of it or, where that fails, nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as handle:
+        size = handle.tell()
+        data = f"{line}\n".encode()
+        try:
+            while data:
+                data = data[handle.write(data) :]
+        except OSError:
+            handle.truncate(size)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failure to write `path` inside the block is an OSError that names it: a write's own does
+    not, and safetensors and tokenizers have errors of their own.
+
+    Raises:
+        OSError: as said.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except Exception as error:  # tokenizers raises nothing more special
+        raise OSError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -96,12 +138,24 @@ def publish_folder(temporary: Path, target: Path, durable: bool = True) -> None:
         fsync_path(temporary)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(temporary, target)
+    if target.exists() and _exchange(temporary, target):
+        os.rename(temporary, old)
+    else:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
     if durable:
         fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names at once, so that at no moment one of them is free; False where the system or
+    the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_HERE, bytes(first), _HERE, bytes(second), _RENAME_EXCHANGE) == 0
 
 
 def remove_folder(folder: Path) -> None:

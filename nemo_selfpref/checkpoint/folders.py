@@ -44,10 +44,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(STEP))
 
 
+def folders_of(stage: Path) -> list[Path]:
+    """All that has a checkpoint's name in a stage's folder, oldest first: one that has lost its
+    checkpoint.json too."""
+    found = (stage / CHECKPOINTS).glob(f"{STEP}*")
+    return sorted((p for p in found if p.is_dir() and step_name(p)), key=step_of)
+
+
+def step_name(path: Path) -> bool:
+    return path.name.removeprefix(STEP).isdecimal()
+
+
 def checkpoints_of(stage: Path) -> list[Path]:
     """The checkpoints of a stage's folder, oldest first; they may be damaged."""
-    found = (stage / CHECKPOINTS).glob(f"{STEP}*")
-    return sorted((p for p in found if is_checkpoint(p)), key=step_of)
+    return [path for path in folders_of(stage) if is_checkpoint(path)]
 
 
 def superfluous(found: Sequence[Path], params: CheckpointParams) -> list[Path]:

@@ -93,11 +93,14 @@ class _Writing:
 
 
 def _tried(act: Callable[[], None]) -> str | None:
-    """Why it failed, where it did."""
+    """Why it failed, where it did. Whatever it was: the other ranks wait to be told, and what
+    writes files below raises errors of its own (safetensors, tokenizers) on a full disk."""
     try:
         act()
     except (OSError, CheckpointError) as error:
         return f"{error} (on {socket.gethostname()})"
+    except Exception as error:
+        return f"{type(error).__name__}: {error} (on {socket.gethostname()})"
     return None
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nemo_selfpref.checkpoint.seal import FileSum, sum_of
 from nemo_selfpref.checkpoint.sharded import COMMON, ShardWriter, collect, encode, write_index
 from nemo_selfpref.errors import CheckpointError
-from nemo_selfpref.files import fsync_path
+from nemo_selfpref.files import fsync_path, naming
 
 Write = Callable[[Path], None]
 
@@ -59,14 +59,16 @@ class Snapshot:
             wrong = shards.nonfinite()
             if wrong:
                 raise CheckpointError(f"{name} holds values that are not finite: {wrong[:3]}")
-            file = shards.write(folder / name)
+            with naming(folder / name / shards.file):
+                file = shards.write(folder / name)
             share["entries"][name] = shards.entries
             if file is not None:
                 share["sums"] |= _flushed(folder, file)
         for name, write in self._files.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
+            with naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(path)
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.is_file():
                     share["sums"] |= _flushed(folder, file)

@@ -13,6 +13,7 @@ from nemo_selfpref.checkpoint.folders import (
     LATEST,
     STEP,
     checkpoints_of,
+    folders_of,
     superfluous,
 )
 from nemo_selfpref.checkpoint.saver import (
@@ -55,7 +56,7 @@ class StageCheckpoints:
         """
         if self._is_main:
             self._tidy()
-        names = [path.name for path in checkpoints_of(self.stage)]
+        names = [path.name for path in folders_of(self.stage)]
         for name in reversed(all_gather_json(names, world_group(), self._device)[0]):
             path = self.stage / CHECKPOINTS / name
             wrong = problems_together(path, self._device)
@@ -85,6 +86,8 @@ class StageCheckpoints:
         for kind in ("tmp", "removed", "old"):
             for left in (self.stage / CHECKPOINTS).glob(f".{STEP}*.{kind}"):
                 remove_folder(left)
+        for left in (self.stage / CHECKPOINTS).glob(f".{LATEST}.*.tmp"):
+            left.unlink(missing_ok=True)
 
     def _published(self, target: Path) -> None:
         """On the first rank, when a checkpoint has its name."""

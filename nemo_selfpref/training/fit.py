@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from nemo_selfpref.checkpoint.folders import is_checkpoint, step_of
 from nemo_selfpref.config.schema import RunConfig
 from nemo_selfpref.errors import CheckpointError, RolloutError
-from nemo_selfpref.files import write_text
+from nemo_selfpref.files import append_line, write_text
 from nemo_selfpref.megatron.parallel import any_of
 from nemo_selfpref.models.nemo_adapter import exp_manager
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
@@ -151,13 +151,19 @@ class _Recorder(pl.Callback):
         metrics = {"step": trainer.global_step, **self.model.last_metrics}
         self._bar(1, int(metrics["tokens"]), loss=metrics.get("loss"))
         if self.model.policy.layout.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / METRICS, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(metrics) + "\n")
+            self._record(metrics)
         if metrics["step"] % self.every == 0 or metrics["step"] == self.stage.steps.num_steps:
             self.console.metrics(self.stage.name, self.stage.steps.num_steps, metrics)
         self._save(trainer)
         self._mark(trainer)
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        path = self.folder / METRICS
+        try:
+            append_line(path, json.dumps(metrics))
+        except OSError as error:  # a full disk: the saves say when it is too much
+            step = int(metrics["step"])
+            self.console.say(f"{path}: {error.strerror}; step {step} is left out of it")
 
     def _mark(self, trainer: pl.Trainer) -> None:
         mark(f"{self.stage.name}, step {trainer.global_step + 1}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.errors import CheckpointError, ConfigError
-from nemo_selfpref.files import fsync_path, write_text
+from nemo_selfpref.files import fsync_path, naming, write_text
 from nemo_selfpref.training.same_inputs import check_record, read_record, write_record
 from nemo_selfpref.training.same_settings import check_same, read_settings
 from nemo_selfpref.training.stage_files import check_stages, done_facts, is_done, mark_done
@@ -194,9 +194,14 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Yields a file beside `path` that takes its name, flushed, when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    fsync_path(temporary)
-    os.replace(temporary, path)
+    try:
+        with naming(path):
+            yield temporary
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:

@@ -185,7 +185,7 @@ def _open_together(folder: RunFolder, cfg: DictConfig, resume: bool, policy: Pol
     if policy.layout.is_main:
         try:
             notes = folder.open(cfg, resume)
-        except SelfPrefError as error:
+        except (SelfPrefError, OSError) as error:
             refusal = str(error)
     refusal = all_gather_json(refusal, world_group(), policy.platform.device())[0]
     if refusal is not None:
