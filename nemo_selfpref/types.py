@@ -137,9 +137,14 @@ class DropReport:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.every: list[tuple[str, str]] = []
+        """(reason, row) of each drop of this process: no field, since it is kept in a file."""
+
     def drop(self, reason: str, where: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples.setdefault(reason, where)
+        self.every.append((reason, where))
 
     def add(self, other: DropReport) -> None:
         """Count another report's rows too."""
@@ -147,6 +152,7 @@ class DropReport:
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         self.examples = {**other.examples, **self.examples}
+        self.every += other.every
 
     def summary(self) -> str:
         dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items()))

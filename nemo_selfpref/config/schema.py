@@ -280,7 +280,8 @@ class RolloutConfig:
     """Sequences that one replica decodes together."""
     save_every: int = 4096
     """Answers or judgements of a stage that are kept as they come; an interruption loses no more
-    of them than these."""
+    of them than these. Answers are decoded together within such a part, so another number may
+    change their last bits."""
 
 
 @dataclass

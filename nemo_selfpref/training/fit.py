@@ -215,4 +215,6 @@ class _Recorder(pl.Callback):
         measured = {n for step in steps for n in step if n.startswith(_OF_STAGE)}
         means = {n: fmean(s[n] for s in steps if n in s) for n in sorted(measured)}
         tokens = sum(step["tokens"] for step in steps)
-        return {**self.model.last_metrics, "tokens": tokens, "metrics": means}
+        # Not what this process computed: all steps may have been made before it started.
+        last = {name: value for name, value in (steps or [{}])[-1].items() if name != "step"}
+        return {**last, "tokens": tokens, "metrics": means}

@@ -109,7 +109,7 @@ def _indented(text: str) -> str:
 
 def _steps_line(steps: Mapping[str, int] | None) -> str:
     if steps is None:
-        return "not known: the stage trained by settings of its own"
+        return "not known: an earlier version made the stage"
     each = [f"{step} ({times} times)" if times > 1 else step for step, times in steps.items()]
     total = sum(steps.values())
     drawn = f"; {total} times in all" if total > len(steps) else ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,8 @@ from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError, ConfigError
 from nemo_selfpref.files import read_json
-from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.run_files import RunFiles, StageFiles
-from nemo_selfpref.training.store import read_completions
+from nemo_selfpref.training.store import DROPPED, PLAN, read_completions
 from nemo_selfpref.types import PreferencePair
 
 _HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
@@ -107,20 +107,10 @@ def counts(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(dropped.items()))
 
 
-def plan_of(run: RunFiles, stage: StageFiles, num_rows: int) -> StepPlan | None:
-    """Which rows each step of a stage on given pairs took; None where the stage's number of steps
-    shows that it trained by settings of its own."""
-    cfg = run.cfg
-    plan = StepPlan(
-        num_rows=num_rows,
-        global_batch_size=cfg.model.global_batch_size,
-        max_epochs=cfg.trainer.max_epochs,
-        max_steps=cfg.trainer.max_steps,
-        seed=seed_of(cfg.seed, stage.name) % 2**31,
-        shuffle=cfg.data.shuffle,
-    )
-    same = stage.facts().get("steps", plan.num_steps) == plan.num_steps
-    return plan if same and len(stage.steps()) <= plan.num_steps else None
+def plan_of(stage: StageFiles) -> StepPlan | None:
+    """Which rows each step of a training stage takes; None where an earlier version made it."""
+    path = stage.folder / PLAN
+    return StepPlan(**read_json(path)) if path.is_file() else None
 
 
 def step_facts(run: RunFiles, step: int, stage_name: str | None = None) -> dict[str, Any]:
@@ -137,7 +127,7 @@ def recorded_rows(run: RunFiles, stage: StageFiles, step: int) -> list[Preferenc
     if stage.pairs_file(step).is_file():
         return stage.pairs_of(step)
     given = stage.given_pairs()
-    plan = plan_of(run, stage, len(given)) if given else None
+    plan = plan_of(stage) if given else None
     return [given[n] for n in plan.rows_of_step(step - 1)] if given and plan else None
 
 
@@ -180,7 +170,7 @@ def _given(
     place = next((n for n, pair in enumerate(pairs) if pair.id == id), None)
     if place is None:
         return None
-    plan = plan_of(run, stage, len(pairs))
+    plan = plan_of(stage)
     steps = None if plan is None else _steps_of_row(plan, place, len(stage.steps()))
     return pairs[place], {"steps": steps, **_reference(stage, place)}
 
@@ -248,4 +238,15 @@ def _unpaired(run: RunFiles, id: str) -> str:
     drops = [*_noted(run, None), *(d for s in run.stages for d in _reported(s))]
     reasons = sum((Counter(d["dropped"]) for d in drops), Counter())
     answered = f"Answers to that prompt are in {', '.join(sampled)}. " if sampled else ""
-    return f"{answered}Dropped in the whole run: {counts(reasons) or 'nothing'}."
+    found = "".join(f"Dropped: {d['title']}, {d['reason']} ({d['row']}). " for d in _drops(run, id))
+    return f"{answered}{found}Dropped in the whole run: {counts(reasons) or 'nothing'}."
+
+
+def _drops(run: RunFiles, row: str) -> Iterator[dict[str, str]]:
+    """Where a row, named as FILE:LINE, was left out."""
+    kept = [*run.path.glob(f"{DROPPED}/*.jsonl"), *run.path.glob("stages/*/pairs/*.jsonl")]
+    for path in sorted(kept):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            drop = json.loads(line)
+            if drop["row"] == row or drop["row"].rpartition("/")[2] == row:
+                yield drop

@@ -47,18 +47,22 @@ class Made:
             "cached_tokens": self.cached_tokens,
             "metrics": dict(self.metrics),
             "reports": {title: asdict(report) for title, report in self.reports.items()},
+            "dropped": {title: report.every for title, report in self.reports.items()},
             "sampled": [[list(prompt), asdict(c)] for prompt, c in self.sampled],
         }
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Made:
+        reports = {title: DropReport(**r) for title, r in value["reports"].items()}
+        for title, rows in value["dropped"].items():
+            reports[title].every += [(reason, row) for reason, row in rows]
         return cls(
             pairs=[pair_of(row) for row in value["pairs"]],
             updates=value["updates"],
             generated_tokens=value["generated_tokens"],
             cached_tokens=value.get("cached_tokens", 0),
             metrics=value["metrics"],
-            reports={title: DropReport(**r) for title, r in value["reports"].items()},
+            reports=reports,
             sampled=[(tuple(prompt), completion_of(row)) for prompt, row in value["sampled"]],
         )
 

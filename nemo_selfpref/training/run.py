@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
-from nemo_selfpref.checkpoint.training_state import save_weights
+from nemo_selfpref.checkpoint.saver import problems_together
+from nemo_selfpref.checkpoint.seal import FileSum, read_seal
+from nemo_selfpref.checkpoint.training_state import WEIGHTS, save_weights
 from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.config.schema import RolloutEngineName
 from nemo_selfpref.data.dataset import load_demonstrations, load_preferences, load_prompt_rows
 from nemo_selfpref.data.templates import PromptTemplate
+from nemo_selfpref.errors import CheckpointError
+from nemo_selfpref.megatron.parallel import any_of
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.megatron.weights import WeightSets
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
@@ -32,7 +36,7 @@ from nemo_selfpref.rollout.teacher import Teacher, TeacherRequest
 from nemo_selfpref.training.ask import ask_teacher
 from nemo_selfpref.training.parts import Parts
 from nemo_selfpref.training.places import WeightPlaces
-from nemo_selfpref.training.rollout_check import RolloutCheck
+from nemo_selfpref.training.rollout_check import RolloutCheck, Sampled, spread
 from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.session import Start, embedded_engine
 from nemo_selfpref.training.signals import StopSignals
@@ -192,11 +196,12 @@ class Run:
     ) -> list[Completion]:
         stage = self.stages.next(name)
         path = stage / "completions.parquet"
+        parts = self._parts(stage)
         if is_done(stage):
+            parts.clear()
             self.stages.skip(name, stage)
             return read_completions(path)
         started = time.monotonic()
-        parts = self._parts(stage)
         with self.console.progress(name, len(prompts), "answers") as progress:
 
             def make(part: slice) -> list[Completion]:
@@ -219,7 +224,7 @@ class Run:
             "seconds": time.monotonic() - started,
             "weight_version": found[0].weight_version if found else -1,
             "truncated": sum(c.finish_reason.value == "length" for c in found),
-            "metrics": self._check.metrics(self.rollouts.take_sampled()),
+            "metrics": self._check.metrics(self._some([ids for _, ids in prompts], found)),
         }
         if self.policy.layout.is_main:
             write_completions(path, found)
@@ -231,6 +236,12 @@ class Run:
         device = self.policy.platform.device()
         return Parts(stage, self.cfg.rollout.save_every, device, self.stages.signals)
 
+    def _some(self, prompts: Sequence[TokenIds], found: Sequence[Completion]) -> list[Sampled]:
+        """Some answers to compare, out of all parts of the stage."""
+        self.rollouts.take_sampled()  # those of the parts made in this process
+        chosen = spread(len(found), self.cfg.rollout.check_samples)
+        return [(prompts[n], found[n]) for n in chosen]
+
     def label_scores(
         self,
         name: str,
@@ -241,11 +252,12 @@ class Run:
     ) -> list[LabelScores]:
         stage = self.stages.next(name)
         path = stage / "labels.parquet"
+        parts = self._parts(stage)
         if is_done(stage):
+            parts.clear()
             self.stages.skip(name, stage)
             return read_label_scores(path)
         started = time.monotonic()
-        parts = self._parts(stage)
         with self.console.progress(name, len(prompts), "judgements") as progress:
 
             def make(part: slice) -> list[LabelScores]:
@@ -324,5 +336,21 @@ class Run:
         """The trained weights as RUN/checkpoint."""
         self.places.ready(WeightSet.POLICY)
         target = self.stages.folder.path / "checkpoint"
-        save_weights(target, self.policy, self.tokenizer)
+        if not self._is_saved(target):
+            save_weights(target, self.policy, self.tokenizer)
         return target
+
+    def _is_saved(self, target: Path) -> bool:
+        """Whether the last stage's weights are there, whole, from an earlier start of the run. The
+        same on every rank."""
+        source, device = self.places.standing(WeightSet.POLICY), self.policy.platform.device()
+        differ = not isinstance(source, Path) or _weight_sums(source) != _weight_sums(target)
+        return not any_of([differ], device)[0] and not problems_together(target, device)
+
+
+def _weight_sums(folder: Path) -> dict[str, FileSum] | None:
+    """The sums of a checkpoint's weights as its seal has them; None where there is none."""
+    try:
+        return {n: s for n, s in read_seal(folder).items() if n.startswith(f"{WEIGHTS}/")}
+    except CheckpointError:
+        return None

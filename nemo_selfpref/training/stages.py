@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.policy import Policy
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.training.signals import StopSignals
-from nemo_selfpref.training.store import RunFolder, done_facts, mark_done
+from nemo_selfpref.training.store import (
+    DROPPED,
+    RunFolder,
+    done_facts,
+    mark_done,
+    write_dropped,
+)
 from nemo_selfpref.types import DropReport
 
 
@@ -23,6 +30,7 @@ class Stages:
         self.folder, self.console, self.signals = folder, console, signals
         self.is_main, self._device = policy.layout.is_main, policy.platform.device()
         self.summary: list[dict[str, Any]] = []
+        self._notes = 0
 
     def next(self, name: str) -> Path:
         """Folder of the stage that begins."""
@@ -49,6 +57,11 @@ class Stages:
 
     def note(self, stage: str, report: DropReport) -> None:
         """List rows kept and dropped."""
+        self._notes += 1
+        if self.is_main:
+            name = re.sub(r"[^a-z0-9]+", "-", stage.lower())
+            path = self.folder.path / DROPPED / f"{self._notes:02d}-{name}.jsonl"
+            write_dropped(path, {stage: report})
         counted = {"kept": report.kept, "dropped": dict(report.dropped)}
         self.summary.append({"stage": stage, **counted, "examples": dict(report.examples)})
         self.console.rows(stage, report)

@@ -24,7 +24,13 @@ from nemo_selfpref.training.copies import StageCopies
 from nemo_selfpref.training.making import Made, PairSource
 from nemo_selfpref.training.reference_cache import ReferenceCache
 from nemo_selfpref.training.rollout_check import RolloutCheck
-from nemo_selfpref.training.store import read_pairs, read_tensors, write_pairs, write_tensors
+from nemo_selfpref.training.store import (
+    read_pairs,
+    read_tensors,
+    write_dropped,
+    write_pairs,
+    write_tensors,
+)
 from nemo_selfpref.types import (
     DropReport,
     PreferencePair,
@@ -222,7 +228,9 @@ class OnlineSteps:
         for title, report in made.reports.items():
             self.reports.setdefault(title, DropReport()).add(report)
         if self.passes.policy.layout.is_main:
-            write_pairs(self.folder / "pairs" / f"step-{number + 1:06d}.parquet", pairs)
+            path = self.folder / "pairs" / f"step-{number + 1:06d}.parquet"
+            write_pairs(path, pairs)
+            write_dropped(path.with_suffix(".dropped.jsonl"), made.reports)
         passes = self.passes.live(self.passes.wanted, pairs)
         measured = {
             "rollout/generated_tokens": float(made.generated_tokens),

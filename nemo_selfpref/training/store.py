@@ -26,6 +26,7 @@ from nemo_selfpref.training.stage_files import check_stages, done_facts, is_done
 from nemo_selfpref.training.sums import read_tensors, with_sum
 from nemo_selfpref.types import (
     Completion,
+    DropReport,
     FinishReason,
     LabelScores,
     PreferencePair,
@@ -49,6 +50,12 @@ __all__ = [
     "write_pairs",
     "write_tensors",
 ]
+
+
+PLAN = "plan.json"
+"""File of a training stage with its StepPlan."""
+DROPPED = "dropped"
+"""Folder of a run with the rows that its stages dropped."""
 
 
 class RunFolder:
@@ -173,6 +180,17 @@ def pair_of(row: Mapping[str, Any]) -> PreferencePair:
 
 def _optional_ids(ids: list[int] | None) -> TokenIds | None:
     return None if ids is None else tuple(ids)
+
+
+def write_dropped(path: Path, reports: Mapping[str, DropReport]) -> None:
+    """Every dropped row with its reason as JSON lines, atomically; no file where none was."""
+    rows = [
+        {"title": title, "reason": reason, "row": row}
+        for title, report in reports.items()
+        for reason, row in report.every
+    ]
+    if rows:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

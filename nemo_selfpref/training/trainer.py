@@ -15,6 +15,7 @@ from nemo_selfpref.config.schema import NonFinite, RefMode, RunConfig, StaleSamp
 from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import DataError, TrainingError
+from nemo_selfpref.files import write_json
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.models.nonfinite import NonFiniteSteps, refuse_nonfinite
 from nemo_selfpref.models.preference_model import MegatronGPTPreferenceModel
@@ -32,7 +33,7 @@ from nemo_selfpref.training.rollouts import EngineRollouts
 from nemo_selfpref.training.signals import StopSignals
 from nemo_selfpref.training.stages import Stages
 from nemo_selfpref.training.steps import FixedSteps, OnlineSteps, Passes
-from nemo_selfpref.training.store import done_facts, is_done, read_tensors, write_pairs
+from nemo_selfpref.training.store import PLAN, done_facts, is_done, read_tensors, write_pairs
 from nemo_selfpref.types import Demonstration, PreferencePair, TrainingRow, WeightSet
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class StageTrainer:
         if self.policy.layout.is_main and isinstance(rows[0], PreferencePair):
             write_pairs(stage / "pairs.parquet", [r for r in rows if isinstance(r, PreferencePair)])
         plan = self._plan(name, len(rows), settings.global_batch_size, settings)
+        self._keep_plan(stage, plan)
         copies = StageCopies(self.weights, settings.reference, settings.averaging)
         steps = FixedSteps(rows, plan, copies, self._passes(copies, objective))
         measured: dict[str, float] = {}
@@ -98,6 +100,7 @@ class StageTrainer:
             return
         _refuse_empty(name, rows)
         plan = self._plan(name, len(rows), prompts_per_step, settings)
+        self._keep_plan(stage, plan)
         copies = StageCopies(self.weights, settings.reference, settings.averaging)
         passes = self._passes(copies, objective)
         source = self._source(stage.name, rows, pairs, plan)
@@ -161,6 +164,11 @@ class StageTrainer:
             seed=seed_of(cfg.seed, name) % 2**31,
             shuffle=cfg.data.shuffle,
         )
+
+    def _keep_plan(self, stage: Path, plan: StepPlan) -> None:
+        """Write down which rows each step takes, for whoever looks back."""
+        if self.policy.layout.is_main:
+            write_json(stage / PLAN, asdict(plan))
 
     def _passes(self, copies: StageCopies, objective: Objective) -> Passes:
         return Passes(self.policy, copies, objective, self.places.ready, self._cache)
