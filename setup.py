@@ -59,6 +59,7 @@ setup(
     package_data={
         "nemo_selfpref.conf": ["*.yaml", "*/*.yaml", "prompts/*.txt"],
         "nemo_selfpref.demo": ["prompts/*.txt"],
+        "nemo_selfpref.objectives": ["*.json"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

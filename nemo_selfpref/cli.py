@@ -1,9 +1,10 @@
-"""The command line: selfpref train | serve | generate | import | export | correlate | inspect |
-replay | methods | demo."""
+"""The command line: selfpref train | submit | serve | generate | import | export | correlate |
+inspect | replay | plan | doctor | selftest | methods | demo."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nemo_selfpref {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _train_parser(commands)
+    _submit_parser(commands)
     _serve_parser(commands)
     _generate_parser(commands)
     _import_parser(commands)
@@ -44,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     _correlate_parser(commands)
     _inspect_parser(commands)
     _replay_parser(commands)
+    _plan_parser(commands)
     _checkpoint_parser(commands)
+    _doctor_parser(commands)
+    _selftest_parser(commands)
     commands.add_parser("methods", help="list the algorithms").set_defaults(act=_methods)
     _demo_parser(commands)
     return parser
@@ -61,6 +66,31 @@ def _train_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     train.add_argument("--cfg", choices=["job"], help="print the resolved settings and stop")
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(act=_train)
+
+
+def _submit_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="train on a SLURM cluster",
+        description="Check a configuration, write job script, settings and code to RUN/submit/N "
+        "and hand the job to sbatch; prints its number. A job that is stopped, hangs or loses a "
+        "rank is queued again and goes on (docs/cluster.md).",
+    )
+    submit.add_argument("--config-name", required=True, help="as for train")
+    submit.add_argument("--config-dir", type=Path, help="a folder with YAML files of your own")
+    submit.add_argument("--nodes", type=int, default=1)
+    submit.add_argument("--gpus-per-node", type=int, default=8, help="0: one CPU rank a node")
+    submit.add_argument("--cpus-per-task", type=int, help="cores for each rank")
+    submit.add_argument("--engine-nodes", type=int, default=0, help="nodes for vLLM of their own")
+    submit.add_argument("--engine-gpus", type=int, help="GPUs of each; default: as trainers have")
+    for name in ("partition", "account", "qos", "time"):
+        submit.add_argument(f"--{name}", help=f"as sbatch --{name}")
+    submit.add_argument("--container", metavar="IMAGE", help="run in it (pyxis and enroot)")
+    submit.add_argument("--container-mounts", metavar="FROM:TO,...", help="more than this folder")
+    submit.add_argument("--max-requeues", type=int, default=20, help="restarts at most")
+    submit.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    submit.add_argument("overrides", nargs="*", metavar="key=value")
+    submit.set_defaults(act=_submit)
 
 
 def _serve_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -195,6 +225,30 @@ def _replay_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     replay.set_defaults(act=_replay)
 
 
+def _plan_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and disk that a run will need, without starting it",
+        description="Reads no weights and asks no device. Exit status 0: the run fits into memory; "
+        "1: it does not, and the cheapest change that does is shown.",
+    )
+    plan.add_argument("--config-name", required=True, help="as in training: the same settings")
+    plan.add_argument("--config-dir", type=Path, help="a folder with YAML files of your own")
+    plan.add_argument("--gpu", choices=["h100", "h200", "a100", "cpu"], default="h100")
+    plan.add_argument("--rows", type=int, metavar="N", help="rows of data")
+    plan.add_argument("--prompt-tokens", type=int, metavar="N", help="in the mean")
+    plan.add_argument("--answer-tokens", type=int, metavar="N", help="in the mean")
+    plan.add_argument("--mfu", type=float, help="share of the peak that training reaches")
+    plan.add_argument(
+        "--tokens-per-second", type=float, metavar="X", help="sampled by one device, as measured"
+    )
+    plan.add_argument("--peak-tflops", type=float, metavar="X", help="of a device, as measured")
+    plan.add_argument("--disk-gbs", type=float, default=2.0, metavar="X", help="GB/s of the disk")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.set_defaults(act=_plan)
+
+
 def _checkpoint_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     checkpoint = commands.add_parser(
         "checkpoint", help="verify, show, compare or delete saved state"
@@ -216,6 +270,35 @@ def _checkpoint_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
     prune.add_argument("--best-k", type=int, default=1, metavar="N", help="how many of them")
     prune.add_argument("--dry-run", action="store_true", help="only tell what would go")
     checkpoint.set_defaults(act=_checkpoint)
+
+
+def _doctor_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="what of this machine and its packages is missing, broken or unsafe",
+        description="Look at packages, devices, disks, limits and network. Exit status 1 where "
+        "something is not in order that a run needs, with --config-name that configuration's run.",
+    )
+    doctor.add_argument("--config-name", help="look at what this configuration needs, too")
+    doctor.add_argument("--config-dir", type=Path, help="a folder with YAML files of your own")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.set_defaults(act=_doctor)
+
+
+def _selftest_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="whether this machine and layout compute what they should",
+        description="Compare a tiny random model, in the layout, precision and kernels of a "
+        "configuration, with literal numbers, one process, the rollout engines and its own "
+        "checkpoint. Exit status 1 where a check failed.",
+    )
+    selftest.add_argument("--vectors", type=Path, metavar="FILE", help="losses at literal inputs")
+    selftest.add_argument("--config-name", default="dpo", help="default: dpo; data is not needed")
+    selftest.add_argument("--config-dir", type=Path, help="a folder with YAML files of your own")
+    selftest.add_argument("overrides", nargs="*", metavar="key=value")
+    selftest.set_defaults(act=_selftest)
 
 
 def _demo_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -249,6 +332,13 @@ def _train(args: argparse.Namespace) -> int:
         return launch(typed, args.argv)
     train(cfg)
     return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.submit import submit
+
+    args.config_name = _known_name(args.config_name, args.config_dir)
+    return submit(args)
 
 
 def _known_name(name: str, folder: Path | None) -> str:
@@ -317,6 +407,29 @@ def _checkpoint(args: argparse.Namespace) -> int:
 
     act: Callable[[argparse.Namespace], int] = getattr(checkpoint_commands, args.act_on)
     return act(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.doctor import doctor
+
+    if args.config_name is not None:
+        with contextlib.suppress(ImportError):  # of a broken package: the report tells of it
+            args.config_name = _known_name(args.config_name, args.config_dir)
+    return doctor(args)
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.selftest import selftest
+
+    args.config_name = _known_name(args.config_name, args.config_dir)
+    return selftest(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from nemo_selfpref.training.plan import plan
+
+    args.config_name = _known_name(args.config_name, args.config_dir)
+    return plan(args)
 
 
 def _methods(args: argparse.Namespace) -> int:

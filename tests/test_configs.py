@@ -17,7 +17,9 @@ from nemo_selfpref.config.loader import load_config, to_typed
 from nemo_selfpref.config.paths import conf_dir, prompts_dir
 from nemo_selfpref.config.schema import RefMode
 
-FILES = sorted(p for p in conf_dir().rglob("*.yaml") if p.parent.name != "rollout")
+GROUPS = ("rollout", "model", "cluster")
+"""Folders of files that go beside one that names a method."""
+FILES = sorted(p for p in conf_dir().rglob("*.yaml") if p.parent.name not in GROUPS)
 SCHEMAS = {name: cls.config_class for name, cls in algorithms().items()}
 TARGETS = ["algorithm.targets.source=file", "algorithm.targets.path=answers.jsonl"]
 

@@ -16,7 +16,7 @@ from nemo_selfpref.checkpoint.sharded import TensorSource
 from nemo_selfpref.checkpoint.training_state import architecture_of, merged_weights_of
 from nemo_selfpref.config.model_schema import ArchitectureConfig, TokenizerConfig
 from nemo_selfpref.data.tokenizer import ChatTokenizer, load_tokenizer
-from nemo_selfpref.files import new_folder, write_json
+from nemo_selfpref.files import new_folder, read_json, write_json
 
 _FILE_BYTES = 4 * 2**30
 
@@ -52,6 +52,7 @@ def write_hf_folder(
     with new_folder(target, durable) as folder:
         dtype = _write_weights(folder, tensors)
         tokenizer.save_pretrained(str(folder))
+        _write_template_twice(folder)
         config = write_config(arch, dtype, None, tokenizer.eos_id, tokenizer.pad_id)
         write_json(folder / "config.json", config)
         generation = {
@@ -64,6 +65,17 @@ def write_hf_folder(
             path.chmod(0o644)
         if durable:
             seal(folder)
+
+
+def _write_template_twice(folder: Path) -> None:
+    """The chat template in its own file and in tokenizer_config.json: readers know one or other."""
+    config, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = read_json(config)
+    inline = settings.get("chat_template")
+    if own.exists():
+        write_json(config, {**settings, "chat_template": own.read_bytes().decode("utf-8")})
+    elif isinstance(inline, str):
+        own.write_bytes(inline.encode("utf-8"))
 
 
 def _tensors(reader: TensorSource, arch: ArchitectureConfig) -> Iterator[tuple[str, Tensor]]:

@@ -1,14 +1,15 @@
-"""The correspondence between Hugging Face Llama or Mixtral weights and Megatron's, by tensor.
+"""The correspondence between Hugging Face weights and Megatron's, by tensor.
 
 Both directions work on one global tensor at a time, so neither ever holds a whole model. Megatron
-keeps query, key and value of one group together, the two halves of the gated MLP in one matrix and
-the experts of a layer in one tensor; rotary channels are in the same order on both sides.
+keeps query, key and value of one group together (their biases too), the two halves of the gated MLP
+in one matrix and the experts of a layer in one tensor; rotary channels are in the same order on
+both sides. Only the experts' names differ between families (families.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_selfpref.checkpoint.families import family_of
 from nemo_selfpref.config.model_schema import ArchitectureConfig
 from nemo_selfpref.errors import CheckpointError
 from nemo_selfpref.files import read_json
@@ -33,15 +35,15 @@ _PLAIN_IN_LAYER = {
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "mlp.router.weight": "block_sparse_moe.gate.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
-_EXPERTS = {
-    "mlp.experts.experts.linear_fc1.weight": ("w1", "w3"),
-    "mlp.experts.experts.linear_fc2.weight": ("w2",),
-}
-"""Tensors [experts, rows, columns], and the matrices that make one expert's rows: gate over up, and
-down."""
+_ROUTER = "mlp.router.weight"
+_EXPERTS_FC1 = "mlp.experts.experts.linear_fc1.weight"
+_EXPERTS_FC2 = "mlp.experts.experts.linear_fc2.weight"
+"""Tensors [experts, rows, columns]: gate over up, and down."""
 _QKV = "self_attention.linear_qkv.weight"
+_QKV_BIAS = "self_attention.linear_qkv.bias"
 _FC1 = "mlp.linear_fc1.weight"
 
 
@@ -55,12 +57,17 @@ def megatron_shapes(arch: ArchitectureConfig) -> dict[str, tuple[int, ...]]:
         prefix = f"decoder.layers.{layer}."
         shapes[prefix + "self_attention.linear_qkv.layer_norm_weight"] = (hidden,)
         shapes[prefix + _QKV] = (heads + 2 * groups, hidden)
+        if arch.add_qkv_bias:
+            shapes[prefix + _QKV_BIAS] = (heads + 2 * groups,)
+        if arch.qk_layernorm:
+            shapes[prefix + "self_attention.q_layernorm.weight"] = (arch.kv_channels,)
+            shapes[prefix + "self_attention.k_layernorm.weight"] = (arch.kv_channels,)
         shapes[prefix + "self_attention.linear_proj.weight"] = (hidden, heads)
         shapes[prefix + "mlp.linear_fc1.layer_norm_weight"] = (hidden,)
         if experts := arch.num_moe_experts:
-            shapes[prefix + "mlp.router.weight"] = (experts, hidden)
-            shapes[prefix + "mlp.experts.experts.linear_fc1.weight"] = (experts, 2 * ffn, hidden)
-            shapes[prefix + "mlp.experts.experts.linear_fc2.weight"] = (experts, hidden, ffn)
+            shapes[prefix + _ROUTER] = (experts, hidden)
+            shapes[prefix + _EXPERTS_FC1] = (experts, 2 * ffn, hidden)
+            shapes[prefix + _EXPERTS_FC2] = (experts, hidden, ffn)
             continue
         shapes[prefix + _FC1] = (2 * ffn, hidden)
         shapes[prefix + "mlp.linear_fc2.weight"] = (hidden, ffn)
@@ -76,10 +83,36 @@ def _split(key: str) -> tuple[str, str]:
     return f"model.layers.{layer}.", rest
 
 
-def _expert_names(prefix: str, name: str, expert: int) -> list[str]:
-    """The Hugging Face tensors of one expert that make its part of a Megatron tensor."""
-    part = f"{prefix}block_sparse_moe.experts.{expert}."
-    return [f"{part}{matrix}.weight" for matrix in _EXPERTS[name]]
+def huggingface_names(key: str, arch: ArchitectureConfig) -> list[str]:
+    """The Hugging Face tensors that make one Megatron tensor, in the order in which they do. Of a
+    tensor with experts in it, those of the first expert come first."""
+    if key in _PLAIN:
+        return [_PLAIN[key]]
+    prefix, name = _split(key)
+    if name in (_QKV, _QKV_BIAS):
+        kind = name.rpartition(".")[2]
+        return [f"{prefix}self_attn.{p}_proj.{kind}" for p in ("q", "k", "v")]
+    if name == _FC1:
+        return [f"{prefix}mlp.{p}_proj.weight" for p in ("gate", "up")]
+    if name in _PLAIN_IN_LAYER:
+        return [prefix + _PLAIN_IN_LAYER[name]]
+    names = family_of(arch).experts
+    assert names is not None, key
+    if name == _ROUTER:
+        return [prefix + names.router]
+    matrices = {_EXPERTS_FC1: names.gate_up, _EXPERTS_FC2: (names.down,)}[name]
+    return [
+        f"{prefix}{names.folder}{expert}.{matrix}.weight"
+        for expert in range(arch.num_moe_experts)
+        for matrix in matrices
+    ]
+
+
+def _of_each_expert(key: str, arch: ArchitectureConfig) -> list[list[str]]:
+    """The names of a tensor with experts in it, by expert."""
+    names = huggingface_names(key, arch)
+    each = len(names) // arch.num_moe_experts
+    return [names[at : at + each] for at in range(0, len(names), each)]
 
 
 def to_megatron(
@@ -87,66 +120,55 @@ def to_megatron(
 ) -> Tensor:
     """One Megatron tensor out of Hugging Face ones; `fetch` returns those by name. Of a tensor
     with experts in it only those of `experts`, where given, which is all it fetches."""
-    if key in _PLAIN:
-        return fetch(_PLAIN[key])
-    prefix, name = _split(key)
-    if name in _EXPERTS:
-        wanted = range(arch.num_moe_experts) if experts is None else experts
-        return torch.stack(
-            [torch.cat([fetch(n) for n in _expert_names(prefix, name, e)]) for e in wanted]
-        )
-    if name in _PLAIN_IN_LAYER:
-        return fetch(prefix + _PLAIN_IN_LAYER[name])
-    if name == _FC1:
-        return torch.cat(
-            [fetch(prefix + "mlp.gate_proj.weight"), fetch(prefix + "mlp.up_proj.weight")]
-        )
-    assert name == _QKV, key
-    groups, dim = arch.num_query_groups, arch.kv_channels
-    per_group = arch.num_attention_heads // groups
-    parts = [
-        fetch(prefix + f"self_attn.{p}_proj.weight").reshape(groups, n * dim, arch.hidden_size)
-        for p, n in (("q", per_group), ("k", 1), ("v", 1))
-    ]
-    return torch.cat(parts, dim=1).reshape(-1, arch.hidden_size)
+    if key.endswith((_EXPERTS_FC1, _EXPERTS_FC2)):
+        named = _of_each_expert(key, arch)
+        wanted = range(len(named)) if experts is None else experts
+        return torch.stack([torch.cat([fetch(name) for name in named[e]]) for e in wanted])
+    parts = [fetch(name) for name in huggingface_names(key, arch)]
+    if key.endswith((_QKV, _QKV_BIAS)):
+        groups = arch.num_query_groups
+        if any(part.shape[0] % groups for part in parts):
+            rows = ", ".join(str(part.shape[0]) for part in parts)
+            raise CheckpointError(
+                f"{key} is made of query, key and value with {rows} rows; config.json says "
+                f"{groups} key-value heads, which have to divide each"
+            )
+        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def to_huggingface(
     key: str, tensor: Tensor, arch: ArchitectureConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that one Megatron tensor holds."""
-    if key in _PLAIN:
-        yield _PLAIN[key], tensor
-        return
-    prefix, name = _split(key)
-    if name in _PLAIN_IN_LAYER:
-        yield prefix + _PLAIN_IN_LAYER[name], tensor
-    elif name in _EXPERTS:
-        for expert, matrices in enumerate(tensor):
-            names = _expert_names(prefix, name, expert)
+    if key.endswith((_EXPERTS_FC1, _EXPERTS_FC2)):
+        for names, matrices in zip(_of_each_expert(key, arch), tensor, strict=True):
             yield from zip(names, matrices.chunk(len(names)), strict=True)
-    elif name == _FC1:
-        gate, up = tensor.chunk(2)
-        yield prefix + "mlp.gate_proj.weight", gate
-        yield prefix + "mlp.up_proj.weight", up
+        return
+    names = huggingface_names(key, arch)
+    if key.endswith((_QKV, _QKV_BIAS)):
+        dim, columns = arch.kv_channels, tensor.shape[1:]
+        heads = arch.num_attention_heads // arch.num_query_groups + 2
+        split = tensor.reshape(arch.num_query_groups, heads, dim, *columns)
+        parts = (split[:, :-2], split[:, -2], split[:, -1])
+        yield from zip(names, (part.reshape(-1, *columns) for part in parts), strict=True)
     else:
-        groups, dim = arch.num_query_groups, arch.kv_channels
-        per_group = arch.num_attention_heads // groups
-        split = tensor.reshape(groups, per_group + 2, dim, arch.hidden_size)
-        for p, part in (("q", split[:, :-2]), ("k", split[:, -2]), ("v", split[:, -1])):
-            yield prefix + f"self_attn.{p}_proj.weight", part.reshape(-1, arch.hidden_size)
+        yield from zip(names, tensor.chunk(len(names)), strict=True)
 
 
 class HuggingFaceSource:
     """Megatron tensors read out of a Hugging Face folder of safetensors.
 
     Raises:
-        CheckpointError: no safetensors, a tensor is missing or has another shape.
+        CheckpointError: no safetensors, a tensor is missing or has another shape, or a layer has
+            one that the architecture does not.
     """
 
     def __init__(self, folder: Path, arch: ArchitectureConfig) -> None:
         self.folder, self.arch = folder, arch
         self._shapes = megatron_shapes(arch)
+        self._parts = _part_shapes(self._shapes, arch)
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self._files: dict[str, str] = self._weight_map(index)
@@ -157,6 +179,38 @@ class HuggingFaceSource:
             raise CheckpointError(
                 f"{folder} holds no model.safetensors (pickled .bin weights are not read). "
                 "Save it with safe_serialization=True."
+            )
+        self._check_layers()
+        self._check_tied()
+
+    def _check_layers(self) -> None:
+        """A layer with more in it than config.json says would be computed wrongly, silently."""
+        layers = {f"model.layers.{n}" for n in range(self.arch.num_layers)}
+        more = sorted(
+            name
+            for name in self._files
+            if name not in self._parts
+            and ".".join(name.split(".")[:3]) in layers
+            and not name.endswith("rotary_emb.inv_freq")
+        )
+        if more:
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(more[:3])} ({len(more)} such tensors), which a "
+                "model as config.json describes it does not have: the two do not belong together, "
+                "or the model has a part that is not supported"
+            )
+
+    def _check_tied(self) -> None:
+        """transformers unties a head that differs from the embedding, whatever config.json says."""
+        head, embedding = (
+            _PLAIN[f"{n}.weight"] for n in ("output_layer", "embedding.word_embeddings")
+        )
+        if not self.arch.share_embeddings_and_output_weights or head not in self._files:
+            return
+        if not torch.equal(self.fetch(head), self.fetch(embedding)):
+            raise CheckpointError(
+                f"{self.folder}: config.json says tie_word_embeddings=true, but {head} differs "
+                f"from {embedding}. Set tie_word_embeddings to false there, or remove the tensor."
             )
 
     @staticmethod
@@ -193,26 +247,56 @@ class HuggingFaceSource:
             # One at a time is asked for; all of a layer's would be read again for each.
             experts = range(offset[0], offset[0] + shape[0])
             expected, offset = (len(experts), *expected[1:]), (0, *offset[1:])
-        tensor = to_megatron(key, self.fetch, self.arch, experts)
+        found: dict[str, tuple[int, ...]] = {}
+
+        def noting(name: str) -> Tensor:
+            part = self.fetch(name)
+            found[name] = tuple(part.shape)
+            return part
+
+        tensor = to_megatron(key, noting, self.arch, experts)
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
                 f"{self.folder}: {key} has shape {tuple(tensor.shape)}, config.json says {expected}"
             )
+        for name, shape_found in found.items():
+            if shape_found != self._parts[name]:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {shape_found}, config.json says "
+                    f"{self._parts[name]}"
+                )
         return read_part(tensor, offset, shape)
 
 
+def _part_shapes(
+    shapes: Mapping[str, tuple[int, ...]], arch: ArchitectureConfig
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of a model."""
+    return {
+        name: tuple(part.shape)
+        for key, shape in shapes.items()
+        for name, part in to_huggingface(key, torch.empty(shape, device="meta"), arch)
+    }
+
+
 class RandomSource:
-    """Fresh weights: normal(0, std), norms one. A tensor depends on the seed and its name alone,
-    so every parallel layout starts from the same model."""
+    """Fresh weights: normal(0, std), norms one, biases zero. A tensor depends on the seed and its
+    name alone, so every parallel layout starts from the same model.
+
+    Raises:
+        ConfigError: a model of no family that could be exported.
+    """
 
     def __init__(self, arch: ArchitectureConfig, seed: int) -> None:
+        family_of(arch)
         self.arch, self.seed = arch, seed
         self._shapes = megatron_shapes(arch)
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         full = self._shapes[key]
         if len(full) == 1:
-            return read_part(torch.ones(full), offset, shape)
+            value = 0.0 if key.endswith(".bias") else 1.0
+            return read_part(torch.full(full, value), offset, shape)
         generator = generator_for(key, self.seed)
         std = self.arch.init_method_std
         if key.endswith(("linear_proj.weight", "linear_fc2.weight")):

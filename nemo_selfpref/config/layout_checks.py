@@ -148,10 +148,12 @@ def _split_of_experts(cfg: RunConfig, arch: ArchitectureConfig) -> Iterator[str]
         )
     if not experts:
         return
-    if not 2 <= arch.moe_router_topk <= experts:
+    fewest = 1 if arch.moe_router_pre_softmax else 2
+    if not fewest <= arch.moe_router_topk <= experts:
         yield (
-            f"moe_router_topk={arch.moe_router_topk}: expected 2 to {experts}, the experts (the "
-            "weight of a single one is always 1, and the router would not learn)"
+            f"moe_router_topk={arch.moe_router_topk}: expected {fewest} to {experts}, the "
+            "experts (the weight of a single one is always 1 without moe_router_pre_softmax, and "
+            "the router would not learn)"
         )
     if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
         yield (

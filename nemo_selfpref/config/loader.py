@@ -25,9 +25,12 @@ from nemo_selfpref.errors import ConfigError
 
 @dataclass
 class _RunSchema(RunConfig):
-    """The schema with the groups it is composed of, for Hydra; `rollout=vllm` picks another."""
+    """The schema with the groups it is composed of, for Hydra; `rollout=vllm` picks another,
+    `model=llama3_8b` the settings for one model. A method's own settings come after both."""
 
-    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"rollout": "embedded"}])
+    defaults: list[Any] = field(
+        default_factory=lambda: ["_self_", {"rollout": "embedded"}, {"model": None}]
+    )
 
 
 def register_schemas(algorithm_configs: dict[str, type[AlgorithmConfig]]) -> None:
@@ -72,7 +75,7 @@ def load_config(
             OmegaConf.resolve(cfg)
         check_values(cfg)
         _refuse_additions(cfg, algorithm_configs)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_explain(error, overrides, algorithm_configs)) from error
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing and not allow_missing:
@@ -125,9 +128,7 @@ def _explain(
     option = re.search(r"Could not find '(\S+?)/(\S+)'", text)
     if option:
         group, value = option.groups()
-        known_values = [e.name for e in RolloutEngineName] if group == "rollout" else None
-        names = known_values or sorted(algorithm_configs)
-        return f"{group}={value}: expected one of {', '.join(names)}"
+        return f"{group}={value}: expected one of {', '.join(_options(group, algorithm_configs))}"
     found = re.search(r"Key '([^']+)' (?:is )?not in", text) or re.search(
         r"Could not override '([^']+)'", text
     )
@@ -146,6 +147,15 @@ def _explain(
         text = text.replace(f"full_key: {full.group(1)}", "").strip()
         return f"{full.group(1)}: {text}"
     return text
+
+
+def _options(group: str, algorithm_configs: Iterable[str]) -> list[str]:
+    """What a group may be set to."""
+    if group == "rollout":
+        return [engine.name for engine in RolloutEngineName]
+    if group == "model":
+        return sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+    return sorted(algorithm_configs)
 
 
 def _from_override(key: str, overrides: Sequence[str]) -> str:

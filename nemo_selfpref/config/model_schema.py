@@ -85,7 +85,7 @@ class RopeScalingConfig:
 
 @dataclass
 class ArchitectureConfig:
-    """Shape of a Llama-family model, in Megatron's words. Read from the Hugging Face folder or the
+    """Shape of a model, in Megatron's words. Read from the Hugging Face folder or the
     checkpoint when one is given; written out (num_layers and the rest all positive) only to train a
     model from random weights."""
 
@@ -103,9 +103,19 @@ class ArchitectureConfig:
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
     num_moe_experts: int = 0
-    """Experts of every layer's feed-forward part; 0 for a dense model."""
+    """Experts of every layer, each ffn_hidden_size wide; 0 for a dense model."""
     moe_router_topk: int = 2
-    """Experts that a token goes to; their weights are a softmax over these alone (Mixtral's)."""
+    """Experts that a token goes to."""
+    moe_router_pre_softmax: bool = False
+    """Weigh a token's experts by a softmax over all experts, so that their weights sum to less than
+    one, and not by one over these alone (Mixtral's)."""
+    add_qkv_bias: bool = False
+    """Biases on query, key and value (Qwen2's)."""
+    qk_layernorm: bool = False
+    """RMSNorm of every query and key head (Qwen3's)."""
+    family: str | None = None
+    """Hugging Face model_type of an export, where the parts above do not tell it ("mistral", whose
+    network is Llama's); null for the first that has these parts."""
 
 
 @dataclass

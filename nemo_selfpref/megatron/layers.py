@@ -53,7 +53,7 @@ def uses_transformer_engine(model: ModelConfig, precision: Precision, platform: 
 def transformer_config(
     arch: ArchitectureConfig, model: ModelConfig, precision: Precision, platform: Platform
 ) -> TransformerConfig:
-    """megatron-core's configuration for a Llama-family shape."""
+    """megatron-core's configuration for a model of this shape."""
     dtype, virtual = platform.dtype(precision), model.virtual_pipeline_model_parallel_size
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -79,6 +79,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=arch.add_qkv_bias,
+        qk_layernorm=arch.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         perform_initialization=False,
@@ -97,6 +99,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         num_moe_experts=arch.num_moe_experts or None,
         moe_router_topk=arch.moe_router_topk,
+        moe_router_pre_softmax=arch.moe_router_pre_softmax,
         # A balancing loss would pull the policy off its reference.
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
@@ -136,15 +139,21 @@ def block_spec(
     config: TransformerConfig, virtual: int | None, lora: LoRAConfig, fused: bool
 ) -> TransformerBlockSubmodules:
     """The layers of one part of the network; `fused` takes Transformer Engine's."""
-    experts = config.num_moe_experts
+    parts: dict[str, Any] = {
+        "num_experts": config.num_moe_experts,
+        "qk_layernorm": config.qk_layernorm,
+    }
     if fused:
-        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts)
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(**parts)
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm", num_experts=experts)
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **parts)
     submodules = cast(Any, layer.submodules)
     if not fused:
         submodules.input_layernorm = RMSNorm
         submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            submodules.self_attention.submodules.q_layernorm = RMSNorm
+            submodules.self_attention.submodules.k_layernorm = RMSNorm
     submodules.self_attention.submodules.core_attention = PackedCoreAttention
     put_adapters(layer, lora)
     count = get_num_layers_to_build(config, vp_stage=virtual)

@@ -49,7 +49,7 @@ def find_start(cfg: RunConfig) -> Start:
         CheckpointError, DataError: the folder or its tokenizer cannot be used.
     """
     folder = Path(cfg.model.restore_from_path) if cfg.model.restore_from_path else None
-    arch = _architecture(cfg, folder)
+    arch = find_architecture(cfg, folder)
     tokenizer = load_tokenizer(cfg.model.tokenizer, tokenizer_folder(folder))
     if tokenizer.vocab_size > arch.vocab_size:
         raise ConfigError(
@@ -62,7 +62,7 @@ def find_start(cfg: RunConfig) -> Start:
     return Start(folder, arch, tokenizer, cfg.model.lora)
 
 
-def _architecture(cfg: RunConfig, folder: Path | None) -> ArchitectureConfig:
+def find_architecture(cfg: RunConfig, folder: Path | None) -> ArchitectureConfig:
     own = cfg.model.architecture
     if folder is None:
         _check_given(own)

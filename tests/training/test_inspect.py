@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.data.tokenizer import ChatTokenizer
 from nemo_selfpref.errors import CheckpointError, ConfigError
 from nemo_selfpref.files import write_json, write_text
-from nemo_selfpref.rollout.sampling import seed_of
 from nemo_selfpref.training.inspect import inspect
 from nemo_selfpref.training.inspect_facts import pair_facts, printable, run_facts, step_facts
 from nemo_selfpref.training.run_files import RunFiles, saved_config
-from nemo_selfpref.training.store import mark_done, write_completions, write_pairs, write_tensors
-from nemo_selfpref.types import Completion, FinishReason, PreferencePair, WeightSet
+from nemo_selfpref.training.store import (
+    DROPPED,
+    PLAN,
+    write_completions,
+    write_dropped,
+    write_pairs,
+    write_tensors,
+)
+from nemo_selfpref.types import Completion, DropReport, FinishReason, PreferencePair, WeightSet
 
 ROWS, BATCH, EPOCHS = 5, 2, 3
 
@@ -47,6 +53,12 @@ class Folder:
         lines = [json.dumps({"step": n + 1, "loss": n / 4}) for n in range(count)]
         write_text(self.stage(stage) / "metrics.jsonl", "\n".join(lines) + "\n")
 
+    def plan(self, stage: str, rows: int) -> StepPlan:
+        """The plan of a stage, as its trainer writes it."""
+        plan = StepPlan(rows, BATCH, EPOCHS, seed=7)
+        write_json(self.stage(stage) / PLAN, asdict(plan))
+        return plan
+
     def read(self) -> RunFiles:
         return RunFiles(self.path)
 
@@ -63,13 +75,14 @@ def folder(tmp_path: Path, llama_folder: Path, tokenizer: ChatTokenizer) -> Fold
     return Folder(tmp_path / "run", tokenizer)
 
 
-def given(folder: Folder, steps: int) -> None:
+def given(folder: Folder, steps: int) -> StepPlan:
     """A stage over ROWS pairs known beforehand, so many of its steps made."""
     stage = folder.stage("01-policy")
     write_pairs(stage / "pairs.parquet", [folder.pair(f"p{n}") for n in range(ROWS)])
     sums = {"reference.chosen": torch.arange(5.0), "reference.rejected": -torch.arange(5.0)}
     write_tensors(stage / "reference.safetensors", sums)
     folder.steps("01-policy", steps)
+    return folder.plan("01-policy", ROWS)
 
 
 def online(folder: Folder, made: Sequence[Sequence[str]]) -> None:
@@ -80,8 +93,7 @@ def online(folder: Folder, made: Sequence[Sequence[str]]) -> None:
 
 
 def test_steps_of_a_given_pair_are_those_of_the_plan(folder: Folder) -> None:
-    given(folder, steps=8)  # of 3 epochs of 3 steps
-    plan = StepPlan(ROWS, BATCH, EPOCHS, seed=seed_of(1234, "policy") % 2**31)
+    plan = given(folder, steps=8)  # of 3 epochs of 3 steps
     for row in range(ROWS):
         expected = {str(s + 1): 1 for s in range(8) if row in plan.rows_of_step(s)}
         (found,) = pair_facts(folder.read(), f"p{row}")["found"]
@@ -98,6 +110,7 @@ def test_texts_counts_and_origin_of_a_pair(folder: Folder) -> None:
     pair = folder.pair("p", source="x.jsonl:1", scores=[0.5, 0.25])
     longer = replace(pair, augmented_prompt_ids=folder.tokenizer.encode_text("better: why?"))
     write_pairs(stage / "pairs.parquet", [longer])
+    folder.plan("01-policy", 1)
     (found,) = pair_facts(folder.read(), "p")["found"]
     texts = {"prompt": "why?", "chosen": "yes", "rejected": "no"}
     assert {name: found[name] for name in texts} == texts
@@ -107,9 +120,9 @@ def test_texts_counts_and_origin_of_a_pair(folder: Folder) -> None:
     assert found["provenance"] == {"source": "x.jsonl:1", "scores": [0.5, 0.25]}
 
 
-def test_a_stage_with_settings_of_its_own_has_no_known_plan(folder: Folder) -> None:
+def test_a_stage_of_an_earlier_version_has_no_known_plan(folder: Folder) -> None:
     given(folder, steps=4)
-    mark_done(folder.stage("01-policy"), {"stage": "policy", "steps": 4})  # the run's are 9
+    (folder.stage("01-policy") / PLAN).unlink()
     (found,) = pair_facts(folder.read(), "p0")["found"]
     assert found["steps"] is None
     assert step_facts(folder.read(), 4)["pairs"] is None
@@ -223,3 +236,16 @@ def test_settings_are_read_as_plain_values(folder: Folder) -> None:
     path.write_text("a: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         saved_config(folder.path)
+
+
+def test_a_row_that_became_no_pair_is_found_with_its_reason(folder: Folder) -> None:
+    given(folder, steps=1)
+    report = DropReport()
+    report.drop("too_long", "/data/x.jsonl:7")
+    report.drop("perplexity_outlier", "/data/x.jsonl:17")
+    write_dropped(folder.path / DROPPED / "01-rows.jsonl", {"rows": report})
+    with pytest.raises(
+        ConfigError, match=r"Dropped: rows, too_long \(/data/x\.jsonl:7\)\. "
+    ) as told:
+        pair_facts(folder.read(), "x.jsonl:7")
+    assert "perplexity_outlier (" not in str(told.value)
