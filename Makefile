@@ -1,6 +1,9 @@
 # make demo   sets up and runs SGPO end to end on a small task
 # make test   sets up and runs the tests
 # make rollout-env  the environment of the vLLM engines, .venv-rollout (no GPU needed)
+# make test-slow, test-long  the longer tests; CI runs the first of them
+# make test-faults  kills, crash points, damage, full disks, hung ranks, requests to stop: half an hour
+# make test-slurm  the job scripts on a SLURM of this machine alone; needs slurm-wlm and munge
 # make lint   ruff, pyright
 # make gpu-check  checks, benchmarks and tests on a GPU; says what was skipped. DRY=1: the plan
 # make bench PAIRS=pairs.jsonl  DPO pairs per second, ours over TRL's; without PAIRS, made-up pairs
@@ -22,7 +25,7 @@ ROLLOUT_STAMP := $(ROLLOUT_VENV)/.ready
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help setup rollout-env demo test test-slow test-faults test-long gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
+.PHONY: help setup rollout-env demo test test-slow test-faults test-slurm test-long gpu-check lint bench bench-steps bench-rollout bench-head invariance clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -62,9 +65,12 @@ test-slow: setup rollout-env
 	$(BIN)/python -m pytest -m "slow and not long"
 	$(BIN)/python -O -m pytest -m "not slow" tests/security
 
-# Kills, crash points, damage, hung ranks, full disks, requests to stop: half an hour.
 test-faults: setup rollout-env
 	$(BIN)/python -m pytest tests/faults
+
+# A SLURM of this machine alone (Debian: slurm-wlm, munge); says so where there is none.
+test-slurm: setup rollout-env
+	$(BIN)/python -m pytest -rs tests/slurm
 
 test-long: setup rollout-env
 	$(BIN)/python -m pytest -m long

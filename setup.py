@@ -46,6 +46,9 @@ EXTRAS = {
     "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "pyright[nodejs]>=1.1.400"],
 }
 
+# Folders of the project that an installed package has inside it.
+APART = {"nemo_selfpref.conf": "conf", "nemo_selfpref.slurm": "slurm"}
+
 setup(
     name="nemo-selfpref",
     version="0.1.0",
@@ -54,10 +57,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["nemo_selfpref", "nemo_selfpref.*"]), "nemo_selfpref.conf"],
-    package_dir={"nemo_selfpref.conf": "conf"},
+    packages=[*find_packages(include=["nemo_selfpref", "nemo_selfpref.*"]), *APART],
+    package_dir=APART,
     package_data={
         "nemo_selfpref.conf": ["*.yaml", "*/*.yaml", "prompts/*.txt"],
+        "nemo_selfpref.slurm": ["*.sh"],
         "nemo_selfpref.demo": ["prompts/*.txt"],
         "nemo_selfpref.objectives": ["*.json"],
     },

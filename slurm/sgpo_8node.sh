@@ -1,27 +1,24 @@
 #!/usr/bin/env bash
 # SGPO on 8 nodes of 8 GPUs. Settings follow the script, as for `selfpref train`:
-#   sbatch slurm/sgpo_8node.sh model.restore_from_path=/models/llama model.tensor_model_parallel_size=4 \
-#     data.train_path=[/data/answers.jsonl] algorithm.targets.source=file algorithm.targets.path=/data/t.jsonl
+#   sbatch slurm/sgpo_8node.sh name=my-run model.restore_from_path=/models/llama \
+#     model.tensor_model_parallel_size=4 data.train_path=[/data/answers.jsonl] \
+#     algorithm.targets.source=file algorithm.targets.path=/data/targets.jsonl
+# Other sizes: sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 slurm/sgpo_8node.sh ...
+# Knobs (container, environment, restarts): the head of slurm/run.sh.
 #SBATCH --job-name=sgpo
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
 #SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-CONFIG_NAME=${CONFIG_NAME:-sgpo}
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-VENV=${VENV:-$SLURM_SUBMIT_DIR/.venv}
-PORT=${PORT:-29500}
-
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-
-# A run continues where it stopped, so a requeued job needs nothing else.
-srun --kill-on-bad-exit=1 "$VENV/bin/python" -m torch.distributed.run \
-  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$GPUS_PER_NODE" \
-  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:$PORT" \
-  -m nemo_selfpref.cli train --config-name "$CONFIG_NAME" \
-  trainer.num_nodes="$SLURM_JOB_NUM_NODES" trainer.devices="$GPUS_PER_NODE" \
-  trainer.precision=bf16 trainer.enable_progress_bar=false "$@"
+exec bash "${SELFPREF_HOME:-$SLURM_SUBMIT_DIR}/slurm/run.sh" "${CONFIG_NAME:-sgpo}" \
+  exp_manager.checkpoint_callback_params.every_n_train_steps="${SAVE_EVERY:-100}" \
+  trainer.precision=bf16 "$@"

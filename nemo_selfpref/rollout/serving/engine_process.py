@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def _end_with_stdin(server: uvicorn.Server) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks a job's ranks to stop; they end us
     try:
         spec = EngineSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
         token = read_token(Path(spec.token_file))
