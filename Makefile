@@ -63,10 +63,10 @@ test: setup rollout-env
 
 test-slow: setup rollout-env
 	$(BIN)/python -m pytest -m "slow and not long"
-	$(BIN)/python -O -m pytest -m "not slow" tests/security
 
 test-faults: setup rollout-env
 	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -O -m pytest -m "not slow" tests/security
 
 # A SLURM of this machine alone (Debian: slurm-wlm, munge); says so where there is none.
 test-slurm: setup rollout-env

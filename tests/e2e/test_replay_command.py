@@ -106,6 +106,7 @@ def test_a_step_comes_out_the_same_bit_by_bit(again: dict, case: str, step: int)
     assert found["damaged"] is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES[1:])
 @pytest.mark.parametrize("step", [2, 3])
 def test_sampling_comes_out_the_same_too(again: dict, case: str, step: int) -> None:
@@ -235,6 +236,7 @@ def test_a_judged_pair_keeps_its_verdicts(replays: Replays) -> None:
         assert origin["chosen"]["id"].startswith(f"{origin['prompt']}/")
 
 
+@pytest.mark.long
 def test_another_layout_differs_in_last_bits_alone(replays: Replays, selfpref: Any) -> None:
     layout = ("--set", "trainer.devices=2", "model.tensor_model_parallel_size=2")
     command = ("replay", replays.of("self_augmented_po"), "--step", "3", *layout)

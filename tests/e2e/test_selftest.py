@@ -104,7 +104,7 @@ def test_a_wrong_vector_fails_the_command(selfpref: Selfpref, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "layout",
     [
-        "model.tensor_model_parallel_size=2",
+        pytest.param("model.tensor_model_parallel_size=2", marks=pytest.mark.long),
         pytest.param("model.pipeline_model_parallel_size=2", marks=pytest.mark.long),
         pytest.param("model.context_parallel_size=2", marks=pytest.mark.long),
         pytest.param("model.use_distributed_optimizer=true", marks=pytest.mark.long),

@@ -96,14 +96,16 @@ def tell(name: str, outcome: Outcome) -> None:
 
 
 EVERY = pytest.mark.parametrize(
-    "most", [FEW, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"]
+    "most",
+    [FEW, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.long])],
+    ids=["some", "all"],
 )
 WHEN = pytest.mark.parametrize(
     ("most", "background"),
     [
         pytest.param(FEW, False, id="some"),
         pytest.param(FEW, True, id="some-background"),
-        pytest.param(None, False, id="all", marks=pytest.mark.slow),
+        pytest.param(None, False, id="all", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(None, True, id="all-background", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )

@@ -94,7 +94,14 @@ def assert_saved(run: Path) -> int:
 
 @pytest.mark.parametrize(
     ("number", "rank", "layout", "every"),
-    [pytest.param(*stop, id=f"{stop[0].name}-rank{stop[1]}-{stop[2]}") for stop in STOPS],
+    [
+        pytest.param(
+            *stop,
+            id=f"{stop[0].name}-rank{stop[1]}-{stop[2]}",
+            marks=[pytest.mark.long] if n >= 2 else [],
+        )
+        for n, stop in enumerate(STOPS)
+    ],
 )
 def test_a_signal_to_one_rank_stops_all(
     runs: Runs, number: signal.Signals, rank: int, layout: str, every: int
@@ -145,7 +152,9 @@ def test_a_second_request_stops_at_once(runs: Runs) -> None:
     assert differences(run, runs.whole("dpo", "tp2", *LONG), kept) == []
 
 
-@pytest.mark.parametrize(("case", "layout"), [("spin", "dp2"), ("sgpo", "tp2")])
+@pytest.mark.parametrize(
+    ("case", "layout"), [pytest.param("spin", "dp2", marks=pytest.mark.long), ("sgpo", "tp2")]
+)
 def test_a_signal_before_the_first_step(runs: Runs, case: str, layout: str) -> None:
     """The first stage samples: the run stops in it or after it, and does not begin to train."""
     started, run = runs.start("sampling", case, layout)
@@ -158,7 +167,7 @@ def test_a_signal_before_the_first_step(runs: Runs, case: str, layout: str) -> N
     assert differences(run, runs.whole(case, layout), {1, 2, 3}) == []
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("dp2", marks=pytest.mark.long)])
 def test_a_signal_between_two_trainings(runs: Runs, layout: str) -> None:
     """After SGPO's improver is trained, it samples; what is trained is not trained again."""
     case, kind = "sgpo", f"between-{layout}"

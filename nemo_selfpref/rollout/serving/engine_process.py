@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
