@@ -74,7 +74,7 @@ CASES = [
         pytest.param(
             case,
             id="-".join(map(str, case)),
-            marks=[pytest.mark.slow, *([pytest.mark.long] if case[1] > 4 else [])],
+            marks=[pytest.mark.slow, *([pytest.mark.long] if case[1] > 2 else [])],
         )
         for case in cases(MIXTURES)
     ),

@@ -35,7 +35,7 @@ CASES = [
     pytest.param(
         (model, processes, layout),
         id=f"{model}-{processes}-{layout}",
-        marks=[pytest.mark.slow] if processes > 2 else [],
+        marks=[pytest.mark.slow, pytest.mark.long] if processes > 2 else [],
     )
     for model, by_processes in SUITES.items()
     for processes, layouts in by_processes.items()

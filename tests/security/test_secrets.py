@@ -173,6 +173,7 @@ def test_a_run_is_as_private_as_the_umask_says(seen: Seen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="needs .venv-rollout: make rollout-env")
 def test_a_run_with_engines_shows_no_secret(tmp_path: Path) -> None:
     model = save_llama(
