@@ -55,6 +55,35 @@ class StepSource(Protocol):
         ...
 
 
+class StepsAround:
+    """A StepSource that passes on to another; base of those that watch or change a part of it."""
+
+    def __init__(self, steps: StepSource) -> None:
+        self.steps = steps
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps.num_steps
+
+    def begin(self) -> None:
+        self.steps.begin()
+
+    def step(self, number: int) -> Step:
+        return self.steps.step(number)
+
+    def after_step(self, done: int) -> None:
+        self.steps.after_step(done)
+
+    def skipped(self, done: int) -> None:
+        self.steps.skipped(done)
+
+    def save(self, snapshot: Snapshot) -> None:
+        self.steps.save(snapshot)
+
+    def load(self, folder: Path) -> None:
+        self.steps.load(folder)
+
+
 @dataclass(frozen=True)
 class TrainingStage:
     """One fit."""

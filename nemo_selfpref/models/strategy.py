@@ -19,7 +19,6 @@ from nemo_selfpref.checkpoint.training_state import (
     load_training,
     take_training,
 )
-from nemo_selfpref.files import remove_folder
 from nemo_selfpref.megatron.parallel import barrier
 from nemo_selfpref.megatron.platform import Platform
 
@@ -101,10 +100,6 @@ class MegatronStrategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         load_optimizer(self._loading, self._optimizer)
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            remove_folder(Path(filepath))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         barrier()

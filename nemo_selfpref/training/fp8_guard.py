@@ -22,7 +22,7 @@ from nemo_selfpref.data.batching import sequences_of
 from nemo_selfpref.errors import TrainingError
 from nemo_selfpref.files import read_json
 from nemo_selfpref.megatron.policy import Policy
-from nemo_selfpref.models.stage import Step, StepSource
+from nemo_selfpref.models.stage import Step, StepsAround, StepSource
 from nemo_selfpref.objectives.objective import Pass
 from nemo_selfpref.types import PreferencePair
 
@@ -54,22 +54,16 @@ def measure_noise(fp8: Tensor, bf16: Tensor, reference: Tensor) -> Noise:
     )
 
 
-class GuardedSteps:
+class GuardedSteps(StepsAround):
     """A StepSource whose pairs are checked while the policy multiplies in FP8."""
 
     def __init__(
         self, steps: StepSource, policy: Policy, config: ModelConfig, say: Callable[[str], None]
     ) -> None:
-        self.steps, self.policy, self.config, self._say = steps, policy, config, say
+        super().__init__(steps)
+        self.policy, self.config, self._say = policy, config, say
         self._last: Step | None = None
         self._found: dict[str, float] = {}
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps.num_steps
-
-    def begin(self) -> None:
-        self.steps.begin()
 
     def step(self, number: int) -> Step:
         self._last = self.steps.step(number)
@@ -117,9 +111,6 @@ class GuardedSteps:
             self.policy.leave_fp8()
             what += ". Going on in bfloat16"
         self._say(what)
-
-    def skipped(self, done: int) -> None:
-        self.steps.skipped(done)
 
     def save(self, snapshot: Snapshot) -> None:
         self.steps.save(snapshot)

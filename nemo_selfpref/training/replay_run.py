@@ -15,13 +15,12 @@ from omegaconf import DictConfig
 
 from nemo_selfpref.algorithms.base import PairMaker, TrainSettings
 from nemo_selfpref.checkpoint.folders import CHECKPOINTS, checkpoints_of, step_of
-from nemo_selfpref.checkpoint.snapshot import Snapshot
 from nemo_selfpref.config.loader import to_typed
 from nemo_selfpref.data.batching import StepPlan
 from nemo_selfpref.errors import ConfigError
 from nemo_selfpref.megatron.parallel import all_gather_json, barrier, world_group
 from nemo_selfpref.models.nemo_adapter import quiet
-from nemo_selfpref.models.stage import Step, StepSource
+from nemo_selfpref.models.stage import Step, StepsAround, StepSource
 from nemo_selfpref.monitor.console import Console
 from nemo_selfpref.objectives.objective import Objective
 from nemo_selfpref.training.making import Made, PairSource, UnderWay
@@ -87,36 +86,18 @@ class _Witness(Console):
             raise Reached
 
 
-class _Watched:
+class _Watched(StepsAround):
     """The stage's own steps; keeps the rows of the one wanted."""
 
     def __init__(self, steps: StepSource, goal: Goal) -> None:
-        self.steps, self.goal = steps, goal
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps.num_steps
-
-    def begin(self) -> None:
-        self.steps.begin()
+        super().__init__(steps)
+        self.goal = goal
 
     def step(self, number: int) -> Step:
         step = self.steps.step(number)
         if number + 1 == self.goal.step:
             self.goal.rows = list(step.rows)
         return step
-
-    def after_step(self, done: int) -> None:
-        self.steps.after_step(done)
-
-    def skipped(self, done: int) -> None:
-        self.steps.skipped(done)
-
-    def save(self, snapshot: Snapshot) -> None:
-        self.steps.save(snapshot)
-
-    def load(self, folder: Path) -> None:
-        self.steps.load(folder)
 
 
 class _Recorded:

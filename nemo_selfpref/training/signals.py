@@ -74,17 +74,13 @@ class StopSignals:
             _tell(f"selfpref: rank {rank} got {name} again: stopping at once\n")
             os._exit(128 + number)
 
-    def on_any(self, device: torch.device) -> bool:
-        """Whether a rank was asked to stop. Collective."""
-        return any_of([self.received is not None], device)[0]
-
     def check(self, device: torch.device, saved: str) -> None:
         """End the run if a rank was asked to; `saved` says what is on disk. Collective.
 
         Raises:
             RunStopped: one was.
         """
-        if self.on_any(device):
+        if any_of([self.received is not None], device)[0]:
             raise stopped(saved)
 
 
